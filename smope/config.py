@@ -172,7 +172,7 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` checked against the type `hint`, which turns lists into tuples and whole numbers into floats."""
+    """`value` checked against the type `hint`; lists become tuples and whole numbers floats on the way."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value

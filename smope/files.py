@@ -10,7 +10,7 @@ from smope.atomic import atomic_path
 
 
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], None]) -> None:
-    """Put `content` at `path` through a temporary file beside it, flushed to the disk before it takes its name.
+    """Put `content` at `path` through a temporary file beside it, flushed to disk before it takes its name.
 
     `content` may be a function that writes the temporary file itself (for libraries that take a path).
     """
