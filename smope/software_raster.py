@@ -1,8 +1,8 @@
 """A small z-buffer in numpy: triangles to a face index and a depth per pixel, without OpenGL.
 
-Scan conversion in two vectorised steps, triangles to rows and rows to pixels, so that the work is proportional to
-the pixels covered and not to bounding boxes. Pixel (u, v) with whole numbers is a pixel's centre; a pixel belongs
-to a triangle if its centre does.
+Scan conversion in two vectorised steps, triangles to rows and rows to pixels, so that the work grows with the
+pixels covered and not with bounding boxes. Pixel (u, v) with whole numbers is a pixel's centre; a pixel
+belongs to a triangle if its centre does.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def rasterise(
 ) -> Raster:
     """Nearest face and depth per pixel.
 
-    uv [V, 2] projected vertices in pixels, z [V] their depth, faces [F, 3], size (width, height). Both sides of a
-    face are drawn. Faces that reach nearer than `near` are left out, not clipped.
+    uv [V, 2] projected vertices in pixels, z [V] their depth, faces [F, 3], size (width, height). Both sides
+    of a face are drawn. Faces that reach nearer than `near` are left out, not clipped.
     """
     width, height = size
     usable = np.isfinite(uv).all(axis=1) & (z > near)  # [V]
@@ -77,7 +77,7 @@ def rasterise(
 
 
 def barycentric(pixels: FloatArray, triangles: FloatArray, z: FloatArray) -> FloatArray:
-    """Perspective-correct weights [N, 3] of pixels [N, 2] in their triangles [N, 3, 2] with vertex depths z [N, 3]."""
+    """Perspective-correct weights [N, 3] of pixels [N, 2] in triangles [N, 3, 2] with depths z [N, 3]."""
     edges = np.roll(triangles, -1, axis=1) - pixels[:, None], np.roll(triangles, -2, axis=1) - pixels[:, None]
     areas = edges[0][..., 0] * edges[1][..., 1] - edges[0][..., 1] * edges[1][..., 0]  # [N, 3] twice, signed
     weights = np.clip(areas / areas.sum(axis=1, keepdims=True), 0.0, 1.0) / z
@@ -118,7 +118,7 @@ def _whole_numbers_between(low: FloatArray, high: FloatArray, limit: int) -> tup
 
 
 def _expand(offset: int, first: IntArray, counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Entry i repeated counts[i] times, as its index plus `offset`, with first[i], first[i] + 1, ... beside it."""
+    """Entry i repeated counts[i] times, as its index plus `offset`; beside it first[i], first[i] + 1, ..."""
     entry = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     return entry + offset, np.arange(len(entry)) - starts[entry] + first[entry]
