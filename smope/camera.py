@@ -1,7 +1,7 @@
-"""A camera: intrinsics, image size and lens; how a resize or a crop changes them, and points to pixels and back.
+"""A camera: intrinsics, image size and lens; what resize and crop make of them; points to pixels and back.
 
-OpenCV frame (x right, y down, z forward). A pixel with whole coordinates is the centre of that pixel, so an image
-of width w spans u = -0.5 .. w - 0.5.
+OpenCV frame (x right, y down, z forward). A pixel with whole coordinates is the centre of that pixel, so an
+image of width w spans u = -0.5 .. w - 0.5.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CameraError(ValueError):
 class Camera:
     """Pinhole intrinsics with an optional OpenCV lens.
 
-    The constructor refuses what no real photo has (see `CameraError`); what `resize` and `crop` make of a sound
+    The constructor refuses what no real photo has (`CameraError`); what `resize` and `crop` make of a sound
     camera is not judged again, since a crop's principal point may rightly lie outside it.
     """
 
@@ -46,7 +46,7 @@ class Camera:
 
     @classmethod
     def from_fov(cls, fov_deg: float, size: tuple[int, int], dist: Any = None) -> Camera:
-        """Square pixels, the principal point in the middle, `fov_deg` from the left edge to the right edge."""
+        """Square pixels, the principal point in the middle, `fov_deg` from left edge to right edge."""
         width, height = _checked_size(size)
         low, high = FIELD_OF_VIEW
         if not low <= fov_deg <= high:
@@ -60,7 +60,7 @@ class Camera:
 
     @property
     def fov_deg(self) -> tuple[float, float]:
-        """(horizontal, vertical) field of view from edge to edge, degrees, of the pinhole without its lens."""
+        """(horizontal, vertical) degrees from edge to edge, of the pinhole without its lens."""
         return _field_of_view(self.K, self.size)
 
     @property
@@ -84,7 +84,7 @@ class Camera:
         return self._derive(K, (width, height), self.dist)
 
     def crop(self, x0: int, y0: int, w: int, h: int) -> Camera:
-        """The camera of the window whose top left pixel is (x0, y0); it may reach beyond the image (padding)."""
+        """The camera of the window whose top left pixel is (x0, y0); it may reach beyond the image."""
         size = _checked_size((w, h))
         K = self.K.clone()
         K[0, 2] -= x0
@@ -92,7 +92,7 @@ class Camera:
         return self._derive(K, size, self.dist)
 
     def project(self, points_cam: Tensor) -> Tensor:
-        """[..., 3] metres in the camera frame -> [..., 2] pixels in the photo, through the lens where there is one.
+        """[..., 3] metres in the camera frame -> [..., 2] pixels in the photo, through its lens if any.
 
         Not finite at z = 0; the caller keeps points behind the camera out.
         """
@@ -165,7 +165,7 @@ class Camera:
 
 
 def _distort(normalised: Tensor, dist: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., 2] through OpenCV's rational lens model -> ([..., 2], [..., 3] the Jacobian's xx, xy and yy entries).
+    """[..., 2] through OpenCV's rational lens model -> ([..., 2], [..., 3] Jacobian xx, xy, yy).
 
     With r2 = x^2 + y^2, q = (1 + k1 r2 + k2 r2^2 + k3 r2^3) / (1 + k4 r2 + k5 r2^2 + k6 r2^3):
     x' = x q + 2 p1 x y + p2 (r2 + 2 x^2) and y' = y q + p1 (r2 + 2 y^2) + 2 p2 x y (OpenCV, calib3d).
@@ -277,7 +277,8 @@ def _checked_distortion(value: Any) -> Tensor:
     dist = _as_tensor(value, "dist").reshape(-1)
     if len(dist) not in DISTORTION_SIZES:
         raise CameraError(
-            f"dist of {len(dist)} coefficients given, 4, 5 or 8 expected: k1 k2 p1 p2 [k3 [k4 k5 k6]] as in OpenCV"
+            f"dist of {len(dist)} coefficients given, 4, 5 or 8 expected: k1 k2 p1 p2 [k3 [k4 k5 k6]] "
+            "as in OpenCV"
         )
     if not torch.isfinite(dist).all():
         raise CameraError(f"dist holds a value that is not finite: {dist.tolist()}")

@@ -1,4 +1,4 @@
-"""Mesh files and objects to one `trimesh.Trimesh` in metres with plain vertex colours, or an error that names the fault."""
+"""Any mesh source to one `trimesh.Trimesh` in metres with vertex colours, or an error that says why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METRES_PER_UNIT = {"m": 1.0, "cm": 0.01, "mm": 0.001, "in": 0.0254}
 SIZE_RANGE = (0.005, 30.0)  # metres, of the diameter
 USUAL_SIZE = 0.3  # metres, of a thing on a table: breaks ties when a unit is suggested
 
-# A texture becomes vertex colours, so a textured face is split until no edge is longer than this share of the box.
+# A texture becomes vertex colours, so a textured face is split until edges are below this share of the box.
 TEXTURE_EDGE = 0.01
 TEXTURE_MAX_FACES = 60_000
 
@@ -31,8 +31,8 @@ def load_mesh(source: Any, units: str, force: bool = False, name: str = "mesh") 
     """One mesh in metres, in its own frame, with vertex colours where the source has colours or a texture.
 
     `source` is a path (OBJ with materials, PLY, STL, GLB, whatever trimesh reads), a trimesh mesh or scene,
-    (vertices [V, 3], faces [F, 3]), or a PyTorch3D `Meshes`. Scenes are put together with their transforms. Open
-    meshes are fine. A size outside 5 mm to 30 m is refused unless `force`.
+    (vertices [V, 3], faces [F, 3]), or a PyTorch3D `Meshes`. Scenes are put together with their transforms.
+    Open meshes are fine. A size outside 5 mm to 30 m is refused unless `force`.
     """
     if units not in METRES_PER_UNIT:
         raise MeshError(
@@ -67,8 +67,8 @@ def load_mesh(source: Any, units: str, force: bool = False, name: str = "mesh") 
 def diameter(vertices: NDArray[np.float64]) -> float:
     """The largest distance between two vertices [V, 3], exact.
 
-    With every vertex within R of the middle c, a pair at distance L has both ends at least L - R from c: the best
-    pair found so far keeps most vertices out, and the rest is compared cell against cell.
+    With every vertex within R of the middle c, a pair at distance L has both ends at least L - R from c: the
+    best pair found so far keeps most vertices out, and the rest is compared cell against cell.
     """
     points = np.unique(np.asarray(vertices, dtype=np.float64), axis=0)
     middle = (points.min(axis=0) + points.max(axis=0)) / 2
@@ -101,7 +101,7 @@ def _pairwise(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def _read(source: Any, name: str) -> list[trimesh.Trimesh]:
-    """The source's surfaces in its own unit, each a copy, unprocessed so that faulty values are still there."""
+    """The source's surfaces in its own unit, each a copy, unprocessed so that faults are still there."""
     if isinstance(source, str | Path):
         path = Path(source)
         if not path.is_file():
@@ -137,7 +137,7 @@ def _from_arrays(vertices: Any, faces: Any, name: str) -> trimesh.Trimesh:
 
 
 def _check(mesh: trimesh.Trimesh, name: str) -> None:
-    bad = ~np.isfinite(mesh.vertices).all(axis=1)
+    bad = ~np.isfinite(np.asarray(mesh.vertices)).all(axis=-1, keepdims=True)
     if bad.any():
         raise MeshError(f"{name}: {bad.sum()} of {len(bad)} vertices are not finite; repair the mesh first")
     low, high = int(mesh.faces.min()), int(mesh.faces.max())
@@ -149,11 +149,12 @@ def _check(mesh: trimesh.Trimesh, name: str) -> None:
 
 def _joined(parts: list[trimesh.Trimesh]) -> trimesh.Trimesh:
     """One mesh with equal vertices merged; parts without colours are grey beside parts with."""
-    coloured = any(part.visual.kind == "vertex" for part in parts)
+    visuals: list[Any] = [part.visual for part in parts]
+    coloured = any(visual.kind == "vertex" for visual in visuals)
     counts = np.cumsum([0, *(len(part.vertices) for part in parts)])
     vertices = np.concatenate([part.vertices for part in parts])
     faces = np.concatenate([part.faces + start for part, start in zip(parts, counts[:-1], strict=True)])
-    colours = np.concatenate([part.visual.vertex_colors for part in parts]) if coloured else None
+    colours = np.concatenate([visual.vertex_colors for visual in visuals]) if coloured else None
     # Faces keep apart where colours differ: a vertex is merged with its equals in place and colour.
     keys = vertices if colours is None else np.column_stack([vertices, colours])
     _, first, merged = np.unique(keys, axis=0, return_index=True, return_inverse=True)
@@ -166,7 +167,7 @@ def _joined(parts: list[trimesh.Trimesh]) -> trimesh.Trimesh:
 
 
 def _with_vertex_colours(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
-    visual = mesh.visual
+    visual: Any = mesh.visual
     if visual.kind == "face":
         # Each face gets corners of its own, so that a colour does not bleed into its neighbour.
         colours = np.repeat(visual.face_colors, 3, axis=0)

@@ -45,7 +45,7 @@ class Symmetries:
 
     @staticmethod
     def from_bop(info: Mapping[str, Any], units: str = "mm") -> Symmetries:
-        """From an entry of BOP's models_info.json, whose lengths are in `units`; other keys are not looked at."""
+        """From an entry of BOP's models_info.json, whose lengths are in `units`; other keys are skipped."""
         if units not in METRES_PER_UNIT:
             raise SymmetryError(
                 f"units={units!r} given, one of {', '.join(map(repr, METRES_PER_UNIT))} expected"
@@ -71,10 +71,10 @@ class Symmetries:
         return entry
 
     def transforms(self, step_deg: float = 5.0) -> Tensor:
-        """[T, 4, 4] float32, the identity first: every turn about a continuous axis after every discrete motion.
+        """[T, 4, 4] float32, identity first: every turn about a continuous axis after every discrete motion.
 
-        Axes are cut into ceil(360 / step_deg) turns. Two axes that are not parallel mean a ball: then rotations
-        spread evenly over all of them stand for the group, at most 1024.
+        Axes are cut into ceil(360 / step_deg) turns. Two axes that are not parallel mean a ball: then at most
+        1024 rotations, spread evenly over all of them, stand for the group.
         """
         identity = torch.eye(4, dtype=torch.float64)
         discrete = torch.cat([identity[None], self.discrete.double().cpu()])
@@ -123,8 +123,8 @@ class ObjectModel:
     ) -> ObjectModel:
         """See `load_mesh` for `source`, `units` and `force`.
 
-        `symmetries` is None, "auto" (found from the geometry, colours not looked at), `Symmetries`, or an entry of
-        models_info.json, whose lengths are then in the mesh's own `units`.
+        `symmetries` is None, "auto" (found from the geometry alone, whatever the colours), `Symmetries`, or
+        an entry of models_info.json, whose lengths are then in the mesh's own `units`.
         """
         mesh = load_mesh(source, units, force=force, name=name)
         vertices = np.asarray(mesh.vertices)
@@ -257,7 +257,7 @@ def _about(rotations: Tensor, point: Tensor) -> Tensor:
 
 
 def _even_rotations(count: int) -> Tensor:
-    """[count, 3, 3] spread evenly over all rotations, the identity first: super-Fibonacci spirals (Alexa 2022)."""
+    """[count, 3, 3] evenly over all rotations, identity first: super-Fibonacci spirals (Alexa 2022)."""
     phi, psi = math.sqrt(2.0), 1.533751168755204288118041
     s = torch.arange(count, dtype=torch.float64) + 0.5
     t = s / count

@@ -1,7 +1,8 @@
-"""Points spread evenly over a mesh's surface, always the same ones, however the surface is cut into triangles.
+"""Points spread evenly over a mesh's surface: the same ones however the surface is cut into triangles.
 
-The surface is pierced by a fixed set of jittered lines parallel to the three axes: where a line meets it depends on
-the surface alone, not on triangles, their order or their size. Farthest-point sampling then picks from the hits.
+The surface is pierced by a fixed set of jittered lines parallel to the three axes: where a line meets it
+depends on the surface alone, not on triangles, their order or size. Farthest-point sampling then picks
+from the hits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Ints = NDArray[np.int64]
 
 POINTS = 2048
 CANDIDATES = 8 * POINTS
-SMOOTHING = 0.02  # of the diameter: normals are averaged over this radius
+SMOOTHING = 0.03  # of the diameter: normals are averaged over this radius
 _START = np.array([0.48, 0.36, 0.80])  # a direction that no axis-aligned face is square to
 
 
@@ -71,7 +72,7 @@ def farthest_points(points: Floats, count: int) -> Ints:
 def _pierce(triangles: Floats, normals: Floats, spacing: float) -> tuple[Ints, Floats]:
     """Hits of the lines of all three axes: (face [N], barycentric weights [N, 3]), in an order of their own.
 
-    A face with normal n is met by |nx| + |ny| + |nz| lines a cell, so a hit is kept with one over that chance.
+    A face with normal n is met by |nx| + |ny| + |nz| lines a cell; a hit is kept with one over that chance.
     """
     found = [_pierce_along(axis, triangles / spacing, normals) for axis in range(3)]
     faces = np.concatenate([hit[0] for hit in found])
@@ -82,7 +83,7 @@ def _pierce(triangles: Floats, normals: Floats, spacing: float) -> tuple[Ints, F
 
 
 def _pierce_along(axis: int, triangles: Floats, normals: Floats) -> tuple[Ints, Floats, Floats]:
-    """Scan conversion of triangles [F, 3, 3], in cells, onto the plane square to `axis`; one jittered line a cell."""
+    """Scan conversion of triangles [F, 3, 3], in cells, square to `axis`; one jittered line a cell."""
     u, v = triangles[..., (axis + 1) % 3], triangles[..., (axis + 2) % 3]  # [F, 3]
 
     # Rows: the lines of one row j share v = j + jitter(j). A row cuts a triangle in one interval of u.
@@ -131,7 +132,7 @@ def _cross(a: Floats, b: Floats) -> Floats:
 
 
 def _noise(i: Ints, j: Ints, stream: int) -> Floats:
-    """A fixed number in [0, 1) for every cell and stream: splitmix64's finaliser (Steele, Lea and Flood 2014)."""
+    """A fixed number in [0, 1) for every cell and stream: splitmix64's finaliser (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         bits = i.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + j.astype(np.uint64) * np.uint64(
             0xC2B2AE3D27D4EB4F
@@ -143,12 +144,12 @@ def _noise(i: Ints, j: Ints, stream: int) -> Floats:
 
 
 def _smooth_normals(hits: Floats, normals: Floats, chosen: Ints) -> Floats:
-    """Mean normal of the hits around each chosen one that face the same way: edges stay sharp, scans get smooth."""
-    points, directions = torch.from_numpy(hits).float(), torch.from_numpy(normals).float()
+    """Mean normal of the hits around each chosen one that face the same way: edges stay, scans get smooth."""
+    own_points, own = torch.from_numpy(hits[chosen]).float(), torch.from_numpy(normals[chosen]).float()
+    points, directions = torch.from_numpy(hits[::2]).float(), torch.from_numpy(normals[::2]).float()
     smooth = []
-    for part in torch.from_numpy(chosen).split(256):
-        near = torch.cdist(points[part], points) < SMOOTHING
-        alike = directions[part] @ directions.T > 0.7
-        smooth.append((near & alike).float() @ directions)
-    total = torch.nn.functional.normalize(torch.cat(smooth), dim=-1)
-    return total.double().numpy()
+    for centre, normal in zip(own_points.split(256), own.split(256), strict=True):
+        near = torch.cdist(centre, points) < SMOOTHING
+        alike = normal @ directions.T > 0.7
+        smooth.append(normal + (near & alike).float() @ directions)
+    return torch.nn.functional.normalize(torch.cat(smooth), dim=-1).double().numpy()

@@ -1,0 +1,1 @@
+"""Pose maths on tensors: rotations, rigid motions, symmetric objects. Metres, OpenCV camera frame."""

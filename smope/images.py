@@ -1,0 +1,120 @@
+"""Whatever a user holds a photo in -> uint8 [3, H, W] RGB, upright."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message says what was given and what is expected."""
+
+
+def load_image(source: Any) -> Tensor:
+    """uint8 [3, H, W] RGB, contiguous, on the CPU.
+
+    `source` is a path or a PIL image (any mode; EXIF orientation applied, 16-bit grey scaled to 8,
+    transparency laid over white), an array [H, W, 3], [H, W, 4] or [H, W] of uint8 or uint16, or a tensor [3, H, W] or
+    [1, H, W], uint8 or float in 0..1.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if not path.is_file():
+            raise ImageError(f"no image file {str(path)!r}")
+        try:
+            with Image.open(path) as opened:
+                return _from_pil(opened)
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ImageError(f"{str(path)!r} cannot be read as an image: {error}") from error
+    if isinstance(source, Image.Image):
+        return _from_pil(source)
+    if isinstance(source, Tensor):
+        return _from_tensor(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    raise ImageError(
+        f"{type(source).__name__} given; a path, a PIL image, an array [H, W, 3] of uint8 "
+        "or a tensor [3, H, W] expected"
+    )
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    if 0 in image.size:
+        raise ImageError(f"an image of {image.width} x {image.height} pixels given, at least 1 x 1 expected")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I") or upright.mode == "F":
+        return _from_array(_deep_grey(upright))
+    if upright.has_transparency_data:
+        rgba = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return _from_array(np.asarray(upright.convert("RGB")))
+
+
+def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
+    """PIL's modes I;16, I and F hold 16-bit greys."""
+    values = np.asarray(image)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
+        raise ImageError(
+            f"grey values {values.min()} to {values.max()} given, 16-bit ones (0 to 65535) expected"
+        )
+    return values.astype(np.uint16)
+
+
+def _from_array(array: NDArray[Any]) -> Tensor:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        hint = "; a [3, H, W] image goes in as a tensor" if array.ndim == 3 and array.shape[0] == 3 else ""
+        raise ImageError(
+            f"an array of shape {array.shape} given, [H, W, 3], [H, W, 4] or [H, W] expected{hint}"
+        )
+    if array.size == 0:
+        raise ImageError(f"an empty image of shape {array.shape} given, at least 1 x 1 pixels expected")
+    if array.dtype == np.uint16:
+        array = _to_eight_bits(array)
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"an array of {array.dtype} given, uint8 or uint16 expected; a float image goes in as a tensor "
+            "[3, H, W] in 0..1"
+        )
+    if array.shape[2] == 4:
+        alpha = array[..., 3:].astype(np.float32) / 255
+        array = np.rint(array[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    rgb = np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)).transpose(2, 0, 1))
+    return torch.from_numpy(rgb.copy())
+
+
+def _to_eight_bits(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """0..65535 to 0..255: 65535 = 255 * 257."""
+    return np.rint(values.astype(np.float32) / 257).astype(np.uint8)
+
+
+def _from_tensor(tensor: Tensor) -> Tensor:
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+        hint = "; pass a batch as a list of images" if tensor.ndim == 4 else ""
+        hint = "; call .permute(2, 0, 1)" if tensor.ndim == 3 and tensor.shape[2] in (1, 3) else hint
+        raise ImageError(f"a tensor of shape {tuple(tensor.shape)} given, [3, H, W] expected{hint}")
+    if tensor.numel() == 0:
+        raise ImageError(
+            f"an empty tensor {tuple(tensor.shape)} given, [3, H, W] with at least 1 x 1 pixels expected"
+        )
+    pixels = tensor.detach().cpu()
+    if pixels.is_floating_point():
+        pixels = pixels.float()
+        if not torch.isfinite(pixels).all():
+            raise ImageError(f"{int((~torch.isfinite(pixels)).sum())} pixel values are NaN or infinite")
+        low, high = float(pixels.min()), float(pixels.max())
+        if low < 0 or high > 1:
+            eight_bit = low >= 0 and high <= 255
+            hint = "divide by 255" if eight_bit else "undo the normalisation by mean and deviation"
+            raise ImageError(f"a float tensor from {low:.4g} to {high:.4g} given, 0 to 1 expected: {hint}")
+        pixels = (pixels * 255).round().to(torch.uint8)
+    if pixels.dtype != torch.uint8:
+        raise ImageError(f"a tensor of {pixels.dtype} given, uint8 or float in 0..1 expected")
+    return pixels.expand(3, -1, -1).contiguous().clone()
