@@ -1,0 +1,63 @@
+"""Hungarian matching of queries to objects (Carion et al. 2020, DETR, eq. 1; classification cost as in
+Deformable DETR)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from smope.networks.outputs import Detections
+from smope.networks.smope_s import Targets
+from smope.geometry.boxes import cxcywh_to_xyxy, paired_giou
+
+
+@dataclass(frozen=True)
+class MatchCosts:
+    label: float = 2.0
+    l1: float = 5.0
+    giou: float = 2.0
+
+
+class HungarianMatcher:
+    """All layers and images in one cost tensor, one copy to the CPU, one assignment problem each."""
+
+    def __init__(self, costs: MatchCosts | None = None) -> None:
+        self.costs = costs or MatchCosts()
+
+    @torch.no_grad()
+    def __call__(self, detections: Detections, targets: Targets) -> Tensor:
+        """-> [L + 1, B, N] the query of each object slot, counted behind the denoising ones, -1 for empty slots;
+        the last row is the encoder's proposals."""
+        skip = detections.denoising
+        labels = targets.labels.clamp(min=0)
+        layers, _, queries, _ = detections.logits[:, :, skip:].shape
+        index = labels[None, :, None, :].expand(layers, -1, queries, -1)
+        logits = detections.logits[:, :, skip:].gather(-1, index)  # [L, B, Q, N]
+        proposals = detections.proposal_logits[None, ..., None].expand(1, -1, -1, labels.shape[1])
+        cost = self.costs.label * _focal_cost(torch.cat([logits, proposals]).float())
+
+        boxes = torch.cat([detections.boxes[:, :, skip:], detections.proposal_boxes[None]])[:, :, :, None]
+        truth = targets.boxes[None, :, None]  # [1, B, 1, N, 4]
+        cost = cost + self.costs.l1 * (boxes - truth).abs().sum(-1)
+        cost = cost - self.costs.giou * paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
+        # An empty slot costs the same everywhere, so it changes no other slot's match.
+        empty = targets.labels < 0
+        cost = cost.masked_fill(empty[None, :, None, :], 0.0).nan_to_num(1e4, 1e4, 1e4)
+
+        table = cost.float().cpu().numpy()
+        match = torch.empty(table.shape[0], table.shape[1], table.shape[3], dtype=torch.int64)
+        for layer in range(table.shape[0]):
+            for image in range(table.shape[1]):
+                slots, chosen = linear_sum_assignment(table[layer, image].T)
+                match[layer, image, slots] = torch.from_numpy(chosen)
+        return match.to(cost.device, non_blocking=True).masked_fill(empty[None], -1)
+
+
+def _focal_cost(logits: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    p = logits.sigmoid()
+    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
+    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
+    return positive - negative

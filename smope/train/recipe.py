@@ -1,0 +1,91 @@
+"""A training run as one TOML file: sections of frozen dataclasses, in which a wrong key is an error."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from smope.config import ConfigError, from_json
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from. Relative paths count from the folder in which the run is started."""
+
+    meshes: Mapping[str, str] = field(default_factory=dict)  # object name -> mesh file
+    units: str = "m"  # of the meshes: m, cm, mm or in
+    symmetries: str | None = None  # "auto", or a models_info.json
+    assets: str | None = None  # clutter, backgrounds and environment maps in one file of `smope.scenes`
+    clutter: str | None = None  # folder with index.json, where there is no assets file
+    backgrounds: str | None = None  # folder of photos and hdri/, where there is no assets file
+    backbone: str | None = None  # safetensors of pretrained backbone weights
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and the average of the weights."""
+
+    lr: float = 4e-4
+    lr_scale: Mapping[str, float] = field(
+        default_factory=lambda: {"backbone": 0.25}
+    )  # part of a name -> factor
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 0.5
+    warmup_steps: int = 500
+    flat_until: float = 0.6  # share of the budget
+    anneal: Literal["cosine", "linear"] = "cosine"
+    final: float = 0.01  # factor of the learning rate at the end
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, how large, and how often what is written."""
+
+    max_minutes: float | None = None  # length of the whole run, over all its pieces
+    max_steps: int | None = None
+    piece_minutes: float | None = None  # stop this process, resumable, after so long
+    batch_size: int = 32  # images a step and process
+    workers: int = 12  # rendering processes
+    seed: int = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    channels_last: bool = True
+    compile: tuple[str, ...] = ()  # submodules to give to torch.compile, by name
+    log_every: int = 50  # steps
+    eval_minutes: float = 2.0  # 0: at the end only
+    eval_images: int = 256
+    save_seconds: float = 120.0
+    small_part_mib: float | None = None  # split the small checkpoint
+    tensorboard: bool = True
+    progress_bar: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. Scenes, network and loss keep their tables here; their own dataclasses read them in `fit`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    scenes: Mapping[str, Any] = field(default_factory=dict)
+    network: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe file."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+    try:
+        return from_json(Recipe, table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
