@@ -23,7 +23,7 @@ _LINE_PIECES = 24  # a straight edge in space is drawn in this many pieces, sinc
 _LENS_PIECES = (
     12  # an edge of a face is at most this fraction of the object where there is a lens, for the same reason
 )
-_OWN_COLOUR = 0.7  # share of the mesh's own colour against the tint
+_OWN_COLOUR = 0.55  # share of the mesh's own colour against the tint
 _AXES = ((230, 40, 40), (40, 190, 40), (50, 90, 245))  # x red, y green, z blue
 _TINTS = (
     (0, 158, 255), (255, 127, 14), (60, 200, 80), (235, 60, 70), (168, 110, 240), (250, 210, 40),
@@ -105,11 +105,13 @@ def surface_of(model: ObjectModel) -> Surface:
     )
 
 
-def render(surfaces: list[Surface], T_CO: FloatArray, camera: Camera) -> tuple[Raster, IntArray, FloatArray]:
-    """Surfaces with their poses [N, 4, 4] -> (raster, owner, shade).
+def render(
+    surfaces: list[Surface], T_CO: FloatArray, camera: Camera
+) -> tuple[Raster, IntArray, FloatArray, FloatArray]:
+    """Surfaces with their poses [N, 4, 4] -> (raster, owner, albedo, light), of one shared z-buffer.
 
-    owner [H, W] is the index of the surface seen, -1 where there is none; shade [H, W, 3] its colour under a
-    headlight, white where the surface has no colours and 0 where there is no surface.
+    owner [H, W] is the index of the surface seen, -1 where there is none; albedo [H, W, 3] its own colour,
+    white where it has none; light [H, W] its brightness. Both are 0 where there is no surface.
     """
     if camera.dist is not None:
         surfaces = [_with_short_edges(surface) for surface in surfaces]
@@ -127,9 +129,10 @@ def render(surfaces: list[Surface], T_CO: FloatArray, camera: Camera) -> tuple[R
     seen = faces[raster.face[v, u]]  # [P, 3] vertices of the face behind each covered pixel
     corners = vertices[seen]  # [P, 3, 3]
     weights = barycentric(np.stack([u, v], axis=1).astype(np.float64), uv[seen], corners[..., 2])
-    shade = np.zeros((*raster.face.shape, 3))
-    shade[v, u] = np.einsum("pk,pkc->pc", weights, colors[seen]) * _headlight(corners)[:, None]
-    return raster, owner, shade
+    albedo, light = np.zeros((*owner.shape, 3)), np.zeros(owner.shape)
+    albedo[v, u] = np.einsum("pk,pkc->pc", weights, colors[seen])
+    light[v, u] = _headlight(corners)
+    return raster, owner, albedo, light
 
 
 def _overlay(pixels: NDArray[np.uint8], poses: Poses, opacity: float) -> NDArray[np.uint8]:
@@ -143,14 +146,12 @@ def _overlay(pixels: NDArray[np.uint8], poses: Poses, opacity: float) -> NDArray
     scaled[:, :3, :3] *= poses.scale.double().numpy()[
         :, None, :
     ]  # R diag(s): the mesh is scaled in its own frame
-    _, owner, shade = render([surfaces[poses.names[i]] for i in drawn], scaled[drawn], poses.camera)
+    _, owner, albedo, light = render([surfaces[poses.names[i]] for i in drawn], scaled[drawn], poses.camera)
 
     tints = np.array([tint_of(int(poses.labels[i])) for i in drawn]) / 255.0
     coloured = np.array([surfaces[poses.names[i]].colors is not None for i in drawn])
     own_share = np.where(coloured, _OWN_COLOUR, 0.0)[owner][..., None]
-    # `shade` is white times light where there are no colours; its largest channel stands for the light.
-    light = shade.max(axis=2, keepdims=True)
-    painted = own_share * shade + (1 - own_share) * light * tints[owner]
+    painted = light[..., None] * (own_share * albedo + (1 - own_share) * tints[owner])
     outline = _outline(owner)
     alpha = np.where(owner >= 0, opacity, 0.0)[..., None]
     blended = (1 - alpha) * (pixels / 255.0) + alpha * painted
@@ -176,7 +177,7 @@ def _headlight(corners: FloatArray) -> FloatArray:
     normals *= np.where((normals * middle).sum(axis=1, keepdims=True) > 0, -1.0, 1.0)  # towards the camera
     light = np.array([-0.35, -0.5, -0.8])  # from above and left, so that faces seen at one angle still differ
     lambert = np.clip(normals @ (light / np.linalg.norm(light)), 0.0, 1.0)
-    return 0.3 + 0.7 * lambert  # type: ignore[no-any-return]
+    return 0.4 + 0.6 * lambert  # type: ignore[no-any-return]
 
 
 def _discs(model: ObjectModel) -> Surface:
@@ -186,7 +187,7 @@ def _discs(model: ObjectModel) -> Surface:
     # Points come in farthest-point order, so the first ones stand for all.
     distances = torch.cdist(points[:256], points)
     distances.fill_diagonal_(torch.inf)
-    radius = 0.9 * distances.min(dim=1).values.median()
+    radius = 1.1 * distances.min(dim=1).values.median()
 
     reference = torch.eye(3, dtype=torch.float64)[
         normals.abs().argmin(dim=1)
@@ -288,7 +289,7 @@ def _draw_labels(
     pen: ImageDraw.ImageDraw, poses: Poses, near_to_far: list[int], size: tuple[int, int]
 ) -> None:
     """Name and score at each box's top left, moved down where another label stands already."""
-    font = ImageFont.load_default(size=max(11, round(size[1] / 34)))
+    font = ImageFont.load_default(size=max(11, round(size[1] / 40)))
     taken: list[tuple[float, float, float, float]] = []
     for i in near_to_far:
         text = f"{poses.names[i]} {float(poses.scores[i]):.2f}"
