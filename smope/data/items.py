@@ -61,29 +61,32 @@ class Batch:
         }
         return replace(self, **moved)
 
-    def object_coordinates(self, centres: Tensor, diameters: Tensor) -> Tensor:
-        """[B, 3, H, W] coordinates of the visible surface, centred and in units of the diameter; 0 elsewhere.
+    def surface_at_stride(self, stride: int, centres: Tensor, diameters: Tensor) -> tuple[Tensor, Tensor]:
+        """What the middle pixel of each cell of `stride` pixels sees.
 
-        `centres` [M, 3] and `diameters` [M] in metres, one a label.
+        `centres` [M, 3] and `diameters` [M] in metres, one a label. Returns object coordinates [B, 3, h, w], centred
+        and over the diameter, and labels [B, h, w], -1 where no object is seen.
         """
         if self.instance is None or self.depth is None:
-            raise ValueError("object_coordinates needs a batch with `instance` and `depth`; this one has none")
-        _, height, width = self.instance.shape
-        v, u = torch.meshgrid(
-            torch.arange(height, device=self.K.device, dtype=torch.float32),
-            torch.arange(width, device=self.K.device, dtype=torch.float32),
-            indexing="ij",
-        )
-        pixels = torch.stack([u, v, torch.ones_like(u)], dim=-1)  # [H, W, 3]
-        rays = torch.einsum("bij,hwj->bhwi", torch.linalg.inv(self.K), pixels)
-        camera_points = rays * self.depth[..., None]  # [B, H, W, 3]
+            raise ValueError("surface_at_stride needs a batch with `instance` and `depth`; this one has none")
+        instance = self.instance[:, stride // 2 :: stride, stride // 2 :: stride].long()  # [B, h, w]
+        depth = self.depth[:, stride // 2 :: stride, stride // 2 :: stride]
+        batch, height, width = instance.shape
+        v = torch.arange(height, device=depth.device, dtype=torch.float32) * stride + stride // 2
+        u = torch.arange(width, device=depth.device, dtype=torch.float32) * stride + stride // 2
+        pixels = torch.stack([u.expand(height, width), v[:, None].expand(height, width)], -1)  # [h, w, 2]
+        pixels = torch.cat([pixels, torch.ones_like(pixels[..., :1])], -1).flatten(0, 1)
+        inverse = torch.linalg.inv_ex(self.K)[0]  # without the check, which would wait for the device
+        points = (pixels @ inverse.transpose(-1, -2)) * depth.flatten(1)[..., None]  # [B, hw, 3] metres
 
-        labels = self.labels.clamp(min=0)
-        rotation, translation = self.T_CO[..., :3, :3], self.T_CO[..., :3, 3]
-        slot = (self.instance.long() - 1).clamp(min=0).flatten(1)  # [B, HW]
-        rows = torch.arange(len(self), device=slot.device)[:, None]
-        local = camera_points.flatten(1, 2) - translation[rows, slot]
-        local = torch.einsum("bpji,bpj->bpi", rotation[rows, slot], local) - centres[labels][rows, slot]
-        local = local / diameters[labels][rows, slot][..., None]
-        local = local * (self.instance.flatten(1) > 0)[..., None]
-        return local.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        slot = (instance.flatten(1) - 1).clamp(min=0)
+        rows = torch.arange(batch, device=slot.device)[:, None]
+        pose, label = self.T_CO[rows, slot], self.labels[rows, slot]  # [B, hw, 4, 4], [B, hw]
+        seen = (instance.flatten(1) > 0) & (label >= 0)
+        label = label.clamp(min=0)
+        local = points - pose[..., :3, 3]
+        local = (local[..., None, :] @ pose[..., :3, :3])[..., 0, :] - centres[label]
+        local = torch.where(seen[..., None], local / diameters[label][..., None], 0.0)
+        return local.mT.unflatten(-1, (height, width)), label.masked_fill(~seen, -1).unflatten(
+            -1, (height, width)
+        )

@@ -38,12 +38,6 @@ def laplace_nll(log_sigma: Tensor, error: Tensor) -> Tensor:
     return error.detach() * (-log_sigma).exp() + log_sigma
 
 
-def rotation_angle(a: Tensor, b: Tensor) -> Tensor:
-    """[..., 3, 3] twice -> angle between them [...], radians, by the chord: stable and with a gradient everywhere"""
-    chord = (a - b).flatten(-2).norm(dim=-1) / 8**0.5
-    return 2 * chord.clamp(max=1 - 1e-6).asin()
-
-
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Weighted mean of `values` under `mask` of the same shape; 0 where nothing is selected."""
     mask = mask.to(values.dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smope.data.items import Batch
+from smope.geometry.rotations import geodesic_angle
 from smope.network_inputs import surface_table
 from smope.networks.mesh_encoder import MeshInputs
 from smope.networks.outputs import PairOutputs, PoseEstimate, TrainingOutputs, take
@@ -24,7 +25,6 @@ from smope.train.losses import (
     laplace_nll,
     masked_mean,
     model_point_distance,
-    rotation_angle,
     varifocal,
 )
 from smope.train.matcher import HungarianMatcher
@@ -214,7 +214,7 @@ class Objective:
     def sigma_loss(self, pairs: PairOutputs, truth: PairTruth, diameters: Tensor) -> Tensor:
         pose = pairs.poses[-1]
         target = truth.nearest(pose.rotation)
-        rotation = rotation_angle(pose.rotation, target.rotation)
+        rotation = geodesic_angle(pose.rotation, target.rotation)
         translation = (pose.translation - target.translation).norm(dim=-1) / diameters
         errors = torch.stack([rotation, translation], -1).clamp(max=10.0)
         return laplace_nll(pairs.log_sigma.float().clamp(-6, 3), errors).sum(-1)

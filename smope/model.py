@@ -1,0 +1,424 @@
+"""SMOPE: photo + camera + meshes in, poses out. The whole way on one page.
+
+images -> `_prepare`: RGB tensors of a size near the trained one, each with its changed camera
+       -> network: queries, which mesh each one is, and where that mesh stands (smope/networks/smope_s.py)
+       -> `_collect`: boxes back to the photo's pixels, poses back to each mesh's own frame -> `Poses`
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import smope
+from smope import hub
+from smope.camera import Camera
+from smope.config import ModelConfig
+from smope.files import write_atomically
+from smope.geometry.boxes import paired_iou
+from smope.images import load_image
+from smope.network_inputs import mesh_inputs, pad_to_multiple
+from smope.networks.mesh_encoder import MeshTokens
+from smope.networks.pose_head import unit_to_pixels
+from smope.networks.smope_s import Found, SmopeS
+from smope.objects import ObjectModel
+from smope.poses import Poses
+
+log = logging.getLogger(__name__)
+
+OVERLAP_OF_ONE = 0.7  # two boxes of one mesh that overlap by this IoU are the same object
+SIZE_SLACK = (
+    1.25  # photos are resized only where their area differs from the trained one by more than this, squared
+)
+
+
+class SMOPE:
+    """A network with its weights and the meshes registered with it."""
+
+    def __init__(
+        self,
+        network: SmopeS,
+        config: ModelConfig,
+        trained: Mapping[str, ObjectModel],
+        tokens: Mapping[str, MeshTokens] | None = None,
+        card: str = "",
+    ) -> None:
+        """`trained` is what the weights have seen; `tokens` are its encodings, made anew where not given."""
+        self.network = network.eval()
+        self.config = config
+        self.card = card
+        self.trained = dict(trained)
+        self._trained_tokens = dict(
+            tokens or {name: self._encode(model) for name, model in self.trained.items()}
+        )
+        self.objects: dict[str, ObjectModel] = {}  # what is looked for now; the order is that of the labels
+        self._tokens: MeshTokens | None = None
+        if self.trained:
+            self._replace_objects(self.trained)
+
+    # -- weights --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> SMOPE:
+        """A bundled name such as "lmo", a folder, or a Hugging Face id; computes in float32."""
+        folder = hub.resolve(name_or_path, revision, cache_dir, local_files_only)
+        config = ModelConfig.load(folder / hub.CONFIG_FILE)
+        weights, objects, tokens = _split_objects(hub.load_weights(folder), config)
+        network = SmopeS(config.network)
+        try:
+            network.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            raise hub.WeightsError(f"{folder}: the weights do not fit config.json: {error}") from None
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        card = folder / hub.CARD_FILE
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        return cls(network.to(device), config, objects, tokens, text)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json, model.safetensors and the card.
+
+        `dtype` is that of the network's weights in the file, by default as they are; geometry stays float32.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.network.state_dict()
+        tensors = {key: t.to(dtype) if dtype and t.is_floating_point() else t for key, t in state.items()}
+        for name, model in self.trained.items():
+            described = model.to_tensors()
+            described["embedding"] = self._trained_tokens[name].embedding[0]
+            described["local"] = self._trained_tokens[name].local[0]
+            tensors.update({f"objects.{name}.{key}": tensor for key, tensor in described.items()})
+        hub.save_weights(folder, tensors)
+        replace(self.config, smope_version=smope.__version__).save(folder / hub.CONFIG_FILE)
+        if self.card:
+            write_atomically(folder / hub.CARD_FILE, self.card.encode())
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save and upload to the Hugging Face hub; options as for `smope.hub.push`. Returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(folder, repo_id, **options)
+
+    def to(self, device: torch.device | str) -> SMOPE:
+        self.network.to(device)
+        if self._tokens is not None:
+            self._tokens = self._tokens.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    # -- meshes ---------------------------------------------------------------------------------------------
+
+    def register_meshes(
+        self,
+        meshes: Mapping[str, Any] | Sequence[str],
+        units: str | None = None,
+        symmetries: Mapping[str, Any] | str | None = None,
+        add: bool = False,
+        force: bool = False,
+    ) -> None:
+        """Say which objects to look for; replaces the set unless `add`.
+
+        `meshes` is {name: mesh}, where a mesh is a path (OBJ, PLY, STL, GLB), a trimesh, (vertices, faces) or
+        pytorch3d Meshes, all in `units` ("m", "cm", "mm", "in"); or a list of names the weights were trained on.
+        `symmetries` is None (a trained name keeps the ones it was trained with), "auto", or {name: BOP form}.
+        """
+        if isinstance(meshes, str):
+            raise ValueError(
+                f"meshes={meshes!r} given; a dict of name: mesh, or a list of trained names, expected"
+            )
+        if isinstance(meshes, Mapping):
+            found = {
+                name: self._from_mesh(name, source, units, symmetries, force)
+                for name, source in meshes.items()
+            }
+        else:
+            found = {name: self._trained(name) for name in meshes}
+        if not found and not add:
+            raise ValueError("no meshes given; register at least one")
+        strangers = [name for name, model in found.items() if not model.trained]
+        if strangers:
+            log.warning(
+                "%s: these weights (trained on %s) have not seen %s; expect weak or no poses until you fine-tune "
+                "with smope.train.fit",
+                ", ".join(strangers),
+                ", ".join(self.config.objects),
+                "this mesh" if len(strangers) == 1 else "these meshes",
+            )
+        self._replace_objects({**self.objects, **found} if add else found)
+
+    def _trained(self, name: str) -> ObjectModel:
+        if name not in self.trained:
+            raise ValueError(
+                f"{name!r} given without a mesh, but the weights know only {', '.join(self.trained)}; "
+                "pass {name: mesh} with units"
+            )
+        return self.trained[name]
+
+    def _from_mesh(
+        self,
+        name: str,
+        source: Any,
+        units: str | None,
+        symmetries: Mapping[str, Any] | str | None,
+        force: bool,
+    ) -> ObjectModel:
+        if units is None:
+            raise ValueError(f'{name}: a mesh needs its units: pass units="m", "cm", "mm" or "in"')
+        chosen = symmetries.get(name) if isinstance(symmetries, Mapping) else symmetries
+        model = ObjectModel.from_mesh(name, source, units, chosen, force)
+        low, high = self.config.diameters
+        if not low / 10 <= model.diameter <= high * 10:
+            log.warning(
+                "%s: diameter %.4g m with units=%r; the weights were trained on %.3g to %.3g m. Are the units right?",
+                name,
+                model.diameter,
+                units,
+                low,
+                high,
+            )
+        known = self.trained.get(name)
+        if known is None:
+            return model
+        if abs(model.diameter / known.diameter - 1) > 0.05:
+            log.warning(
+                "%s: diameter %.4g m with units=%r, but the weights were trained on %.4g m; another mesh, or wrong units?",
+                name,
+                model.diameter,
+                units,
+                known.diameter,
+            )
+        return replace(model, trained=True)
+
+    def _replace_objects(self, objects: Mapping[str, ObjectModel]) -> None:
+        tokens = [
+            self._trained_tokens[name] if self.trained.get(name) is model else self._encode(model)
+            for name, model in objects.items()
+        ]
+        self._tokens = MeshTokens.cat(tokens).to(self.device) if tokens else None
+        self.objects = dict(objects)
+
+    @torch.no_grad()
+    def _encode(self, model: ObjectModel) -> MeshTokens:
+        """One mesh alone, so that its tokens do not depend on which others are registered."""
+        config = self.network.config
+        inputs = mesh_inputs([model], config.surface_points, config.anchors)
+        return self.network.encode_meshes(inputs.to(self.device))
+
+    # -- images ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(
+        self,
+        image: Any,
+        K: Any = None,
+        fov: Any = None,
+        dist: Any = None,
+        threshold: float = 0.3,
+        top_k: int = 32,
+    ) -> Any:
+        """Find the registered objects: one image gives one `Poses`, a list gives a list.
+
+        `image` is a path, a PIL image, a uint8 array [H, W, 3] or a float tensor [3, H, W] in 0..1. `K` [3, 3] in
+        pixels of that image, or `fov`, the horizontal field of view in degrees; one for all or one an image.
+        `dist` are OpenCV's distortion coefficients. Without either the checkpoint's camera serves, if the image
+        has its size. Detections below `threshold` are left out, and all but the best `top_k`.
+        """
+        if self._tokens is None:
+            raise ValueError("no meshes are registered; call register_meshes first")
+        if not 0 <= threshold <= 1 or top_k < 1:
+            raise ValueError(f"threshold {threshold} and top_k {top_k} given; 0..1 and at least 1 expected")
+        many = isinstance(image, (list, tuple))
+        pictures = [load_image(one) for one in (image if many else [image])]
+        cameras = _cameras(pictures, K, fov, dist, self.config)
+        results: list[Poses | None] = [None] * len(pictures)
+        prepared = [self._prepare(p, c) for p, c in zip(pictures, cameras, strict=True)]
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, (tensor, _) in enumerate(prepared):
+            by_shape.setdefault(tuple(tensor.shape), []).append(i)
+        for indices in by_shape.values():
+            images = torch.stack([prepared[i][0] for i in indices])
+            intrinsics = torch.stack([prepared[i][1].K for i in indices]).to(self.device)
+            found = self.network(pad_to_multiple(images), intrinsics, self._tokens, top_k)
+            padded = pad_to_multiple(images[:1]).shape
+            for row, i in enumerate(indices):
+                scaled = prepared[i][1]
+                results[i] = self._collect(
+                    found, row, (padded[-1], padded[-2]), scaled, cameras[i], threshold
+                )
+        poses = [p for p in results if p is not None]
+        return poses if many else poses[0]
+
+    def _prepare(self, picture: Tensor, camera: Camera) -> tuple[Tensor, Camera]:
+        """uint8 [3, H, W] -> float [3, h, w] in 0..1 of the pinhole camera, and that camera"""
+        image = picture.to(self.device).float() / 255.0
+        if camera.dist is not None:
+            image = camera.to(self.device).undistort_image(image)
+        width, height = camera.size
+        trained = self.config.image_size[0] * self.config.image_size[1]
+        ratio = (trained / (width * height)) ** 0.5
+        pinhole = camera.pinhole
+        if 1 / SIZE_SLACK <= ratio <= SIZE_SLACK:
+            return image, pinhole
+        size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+        image = F.interpolate(
+            image[None], size=(size[1], size[0]), mode="bilinear", align_corners=False, antialias=True
+        )[0]
+        return image.clamp(0, 1), pinhole.resize(size)
+
+    def _collect(
+        self,
+        found: Found,
+        row: int,
+        padded: tuple[int, int],
+        scaled: Camera,
+        camera: Camera,
+        threshold: float,
+    ) -> Poses:
+        """Row `row` of the network's output -> `Poses` in the photo's pixels and the meshes' own frames."""
+        names = tuple(self.objects)
+        boxes = found.boxes[row]
+        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1)
+        corners = unit_to_pixels(corners.unflatten(-1, (2, 2)), padded).flatten(-2)
+        keep = _distinct(corners, found.labels[row], found.scores[row] >= threshold).cpu()
+
+        labels = found.labels[row].cpu()[keep]
+        objects = [self.objects[names[i]] for i in labels.tolist()]
+        pose = found.pairs.poses[-1]
+        rotation, centre = pose.rotation[row].cpu()[keep], pose.translation[row].cpu()[keep]
+        middle = torch.stack([o.centre for o in objects]) if objects else torch.zeros(0, 3)
+        T_CO = torch.eye(4).repeat(len(objects), 1, 1)
+        T_CO[:, :3, :3] = rotation
+        T_CO[:, :3, 3] = centre - (rotation @ middle[..., None])[..., 0]
+
+        expected = found.pairs.log_sigma[row].cpu()[keep].clamp(-6, 3).exp()
+        diameters = torch.tensor([o.diameter for o in objects])
+        sigma = torch.stack([torch.rad2deg(expected[:, 0]), expected[:, 1] * diameters], -1)
+        return Poses(
+            names=tuple(o.name for o in objects),
+            labels=labels,
+            scores=found.scores[row].cpu()[keep],
+            boxes_xyxy=_to_photo(corners.cpu()[keep], scaled, camera),
+            T_CO=T_CO,
+            scale=torch.ones(len(objects), 3),
+            visibility=found.pairs.visibility_logit[row].sigmoid().cpu()[keep],
+            sigma=sigma,
+            camera=camera,
+            objects=self.objects,
+        )
+
+
+def _split_objects(
+    tensors: Mapping[str, Tensor], config: ModelConfig
+) -> tuple[dict[str, Tensor], dict[str, ObjectModel], dict[str, MeshTokens]]:
+    """A checkpoint's tensors, in float32 -> the network's, the trained objects in order, and their tokens."""
+    tensors = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
+    network = {key: tensor for key, tensor in tensors.items() if not key.startswith("objects.")}
+    objects, tokens = {}, {}
+    for name in config.objects:
+        prefix = f"objects.{name}."
+        own = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        try:
+            objects[name] = model = ObjectModel.from_tensors(name, own)
+            inputs = mesh_inputs([model], config.network.surface_points, config.network.anchors)
+            tokens[name] = MeshTokens(
+                own["embedding"][None], own["local"][None], inputs.diameters, inputs.anchors
+            )
+        except KeyError as error:
+            raise hub.WeightsError(
+                f"the weights lack {prefix}{error.args[0]}, though config.json names {name!r}"
+            ) from None
+    return network, objects, tokens
+
+
+def _cameras(pictures: Sequence[Tensor], K: Any, fov: Any, dist: Any, config: ModelConfig) -> list[Camera]:
+    """One camera an image from what the caller gave: one value for all, or one an image."""
+    count = len(pictures)
+    sizes = [(p.shape[-1], p.shape[-2]) for p in pictures]
+    if K is not None and fov is not None:
+        raise ValueError("both K and fov given; pass one of them")
+    lenses = _one_each(dist, count, 1, "dist")
+    if K is not None:
+        matrices = _one_each(K, count, 2, "K")
+        return [Camera(k, s, d) for k, s, d in zip(matrices, sizes, lenses, strict=True)]
+    if fov is not None:
+        angles = _one_each(fov, count, 0, "fov")
+        return [Camera.from_fov(float(a), s, d) for a, s, d in zip(angles, sizes, lenses, strict=True)]
+    cameras = []
+    for size, lens in zip(sizes, lenses, strict=True):
+        if size != tuple(config.image_size):
+            raise ValueError(
+                f"no camera given for an image of {size[0]}x{size[1]}: pass K=[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] "
+                f"in pixels, or fov= the horizontal field of view in degrees (only images of "
+                f"{config.image_size[0]}x{config.image_size[1]} may go without, by the camera of the weights)"
+            )
+        cameras.append(Camera(torch.tensor(config.K), size, lens))
+    return cameras
+
+
+def _one_each(value: Any, count: int, dims: int, name: str) -> list[Any]:
+    """`value` is one thing of `dims` dimensions for all images, or a sequence of `count` such things."""
+    if value is None:
+        return [None] * count
+    if (
+        isinstance(value, (list, tuple))
+        and len(value)
+        and any(isinstance(v, Tensor) or hasattr(v, "shape") for v in value)
+    ):
+        each = [torch.as_tensor(v) for v in value]
+    else:
+        try:
+            tensor = torch.as_tensor(value, dtype=torch.float64)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: numbers expected, {value!r} given") from error
+        if tensor.dim() <= dims:
+            return [tensor] * count
+        each = list(tensor)
+    if len(each) != count:
+        raise ValueError(f"{name}: {len(each)} given for {count} image(s); pass one for all or one an image")
+    return each
+
+
+def _distinct(boxes: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+    """[N] bool: those of `wanted` that no better one (they come best first) of the same mesh covers."""
+    same = (paired_iou(boxes[:, None], boxes[None])[0] > OVERLAP_OF_ONE) & (labels[:, None] == labels[None])
+    keep = wanted.tolist()
+    table = same.cpu()
+    for i in range(len(keep)):
+        if keep[i]:
+            for j in table[i].nonzero().flatten().tolist():
+                if j > i:
+                    keep[j] = False
+    return torch.tensor(keep, dtype=torch.bool, device=wanted.device)
+
+
+def _to_photo(boxes: Tensor, scaled: Camera, camera: Camera) -> Tensor:
+    """[N, 4] pixels of the network's pinhole image -> pixels of the photo, through its lens if it has one"""
+    corners = boxes.unflatten(-1, (2, 2))
+    ratio = torch.tensor([camera.size[0] / scaled.size[0], camera.size[1] / scaled.size[1]])
+    corners = (corners + 0.5) * ratio - 0.5
+    if camera.dist is None or not len(boxes):
+        return corners.flatten(-2)
+    # A straight box becomes a bent one; its hull is taken at eight points.
+    low, high = corners[:, 0], corners[:, 1]
+    steps = torch.tensor([(x, y) for x in (0.0, 0.5, 1.0) for y in (0.0, 0.5, 1.0) if (x, y) != (0.5, 0.5)])
+    bent = camera.distort_points(low[:, None] + steps * (high - low)[:, None])
+    return torch.cat([bent.amin(1), bent.amax(1)], -1)

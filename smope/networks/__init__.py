@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the networks know no mesh file, no camera file and no training."""

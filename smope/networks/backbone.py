@@ -1,0 +1,217 @@
+"""Image features at several strides, from convolutional networks with ImageNet weights at hand.
+
+EfficientNet-Lite2: Tan and Le 2019, in the Lite form (ReLU6, no squeeze-and-excitation, TensorFlow "same" padding).
+ResNet-50 v2: He et al. 2016, "Identity Mappings in Deep Residual Networks" (pre-activation), stages 1 to 3.
+BatchNorm runs on its stored statistics in training too: the images are rendered, the photos are not, and
+statistics of renders would widen that gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+BackboneName = Literal["efficientnet_lite2", "resnet50v2"]
+
+
+class FixedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with trainable scale and shift on stored statistics, in training and in evaluation alike."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution padded as TensorFlow's "same": what is odd goes to the right and to the bottom."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        padding = []
+        for size, kernel, stride in zip(
+            (x.shape[-1], x.shape[-2]), self.kernel_size[::-1], self.stride[::-1], strict=True
+        ):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            padding += [total // 2, total - total // 2]
+        if padding[0] == padding[1] and padding[2] == padding[3]:
+            return F.conv2d(
+                x, self.weight, self.bias, self.stride, (padding[2], padding[0]), self.dilation, self.groups
+            )
+        return F.conv2d(F.pad(x, padding), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class InvertedResidual(nn.Module):
+    """Expand, depthwise convolution, project; with a shortcut where the shape stays."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        if expansion != 1:
+            self.expand: nn.Module = nn.Sequential(
+                nn.Conv2d(inputs, hidden, 1, bias=False), FixedBatchNorm2d(hidden, eps=1e-3), nn.ReLU6()
+            )
+        else:
+            self.expand = nn.Identity()
+        self.depthwise = nn.Sequential(
+            SameConv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False),
+            FixedBatchNorm2d(hidden, eps=1e-3),
+            nn.ReLU6(),
+        )
+        self.project = nn.Sequential(
+            nn.Conv2d(hidden, outputs, 1, bias=False), FixedBatchNorm2d(outputs, eps=1e-3)
+        )
+        self.shortcut = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.shortcut else y
+
+
+class EfficientNetLite2(nn.Module):
+    """[B, 3, H, W] in 0..1 -> features at strides 4, 8, 16, 32 with 24, 48, 120, 352 channels."""
+
+    channels = (24, 48, 120, 352)
+    strides = (4, 8, 16, 32)
+    # kernel, stride, expansion, output channels, repeats (width 1.1, depth 1.2 of the base network)
+    stages = (
+        (3, 1, 1, 16, 1),
+        (3, 2, 6, 24, 3),
+        (5, 2, 6, 48, 3),
+        (3, 2, 6, 88, 4),
+        (5, 1, 6, 120, 4),
+        (5, 2, 6, 208, 5),
+        (3, 1, 6, 352, 1),
+    )
+    taps = (1, 2, 4, 6)  # the stages whose outputs are handed on
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            SameConv2d(3, 32, 3, 2, bias=False), FixedBatchNorm2d(32, eps=1e-3), nn.ReLU6()
+        )
+        self.blocks = nn.ModuleList()
+        inputs = 32
+        for kernel, stride, expansion, outputs, repeats in self.stages:
+            stage = nn.Sequential()
+            for i in range(repeats):
+                stage.append(InvertedResidual(inputs, outputs, kernel, stride if i == 0 else 1, expansion))
+                inputs = outputs
+            self.blocks.append(stage)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.stem((images * 255.0 - 127.0) / 128.0)
+        features = []
+        for i, stage in enumerate(self.blocks):
+            x = stage(x)
+            if i in self.taps:
+                features.append(x)
+        return features
+
+
+class PreActivationBottleneck(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        width = outputs // 4
+        self.bn1 = FixedBatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn2 = FixedBatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn3 = FixedBatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        changes = stride != 1 or inputs != outputs
+        self.downsample = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(y)
+        y = self.conv1(y)
+        y = self.conv2(F.relu(self.bn2(y)))
+        return shortcut + self.conv3(F.relu(self.bn3(y)))
+
+
+class ResNet50V2(nn.Module):
+    """[B, 3, H, W] in 0..1 -> features at strides 4, 8, 16, 32 with 256, 512, 1024, 512 channels.
+
+    The network ends at stride 16; one strided convolution, trained from scratch, adds stride 32.
+    """
+
+    channels = (256, 512, 1024, 512)
+    strides = (4, 8, 16, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn_data = FixedBatchNorm2d(3)
+        self.conv0 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn0 = FixedBatchNorm2d(64)
+        self.layer1 = self._stage(64, 256, 3, 1)
+        self.layer2 = self._stage(256, 512, 4, 2)
+        self.layer3 = self._stage(512, 1024, 6, 2)
+        self.bn_next = FixedBatchNorm2d(1024)
+        self.down = nn.Sequential(
+            nn.Conv2d(1024, 256, 1), nn.ReLU(), nn.Conv2d(256, 512, 3, 2, 1, groups=4), nn.ReLU()
+        )
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, repeats: int, stride: int) -> nn.Sequential:
+        first = PreActivationBottleneck(inputs, outputs, stride)
+        return nn.Sequential(
+            first, *(PreActivationBottleneck(outputs, outputs, 1) for _ in range(repeats - 1))
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.bn_data((images - self.mean) / self.std)
+        x = F.max_pool2d(F.relu(self.bn0(self.conv0(x))), 3, 2, 1)
+        stride4 = self.layer1(x)
+        stride8 = self.layer2(stride4)
+        stride16 = F.relu(self.bn_next(self.layer3(stride8)))
+        return [stride4, stride8, stride16, self.down(stride16)]
+
+
+Backbone = EfficientNetLite2 | ResNet50V2
+
+
+def build_backbone(name: BackboneName) -> Backbone:
+    return {"efficientnet_lite2": EfficientNetLite2, "resnet50v2": ResNet50V2}[name]()
+
+
+def load_imagenet_weights(backbone: Backbone, path: Path) -> None:
+    """Read an ImageNet checkpoint in its publisher's key names into `backbone`; every backbone key must be met."""
+    tensors = {key: tensor.float() for key, tensor in load_file(path).items()}
+    if isinstance(backbone, EfficientNetLite2):
+        tensors = dict(_rename_efficientnet(tensors, [s[4] for s in EfficientNetLite2.stages]))
+    missing, unexpected = backbone.load_state_dict(tensors, strict=False)
+    missing = [key for key in missing if "num_batches_tracked" not in key and not key.startswith("down.")]
+    if missing or unexpected:
+        raise ValueError(
+            f"{path}: not the ImageNet weights of {type(backbone).__name__}; missing {missing[:4]}, "
+            f"unexpected {unexpected[:4]}"
+        )
+
+
+def _rename_efficientnet(tensors: dict[str, Tensor], repeats: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """Key names of the package `efficientnet-lite-pytorch` -> ours; the classifier is left out."""
+    places = [(stage, i) for stage, count in enumerate(repeats) for i in range(count)]
+    parts = {
+        "_expand_conv": "expand.0",
+        "_bn0": "expand.1",
+        "_depthwise_conv": "depthwise.0",
+        "_bn1": "depthwise.1",
+        "_project_conv": "project.0",
+        "_bn2": "project.1",
+    }
+    stem = {"_conv_stem": "stem.0", "_bn0": "stem.1"}
+    for key, tensor in tensors.items():
+        if key.startswith("_blocks."):
+            _, number, part, leaf = key.split(".")
+            stage, i = places[int(number)]
+            yield f"blocks.{stage}.{i}.{parts[part]}.{leaf}", tensor
+        elif (part := key.split(".")[0]) in stem:
+            yield f"{stem[part]}.{key.split('.')[1]}", tensor

@@ -1,0 +1,156 @@
+"""Deformable DETR's encoder and decoder layers (Zhu et al. 2021), shared by every network of this library.
+
+Names of submodules are those of the paper's code, so that its checkpoints map one to one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smope.networks.position import Shapes
+from smope.ops import ms_deform_attn
+
+
+class DeformableAttention(nn.Module):
+    """Each query reads a few points around its reference, at every level (eq. 3 of the paper)."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+        self._reset()
+
+    def _reset(self) -> None:
+        # The heads start out looking in different directions, their points at growing distances.
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().max(-1, keepdim=True).values
+        steps = torch.arange(1, self.points + 1, dtype=torch.float32)
+        bias = directions[:, None, None, :] * steps[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(bias.expand(-1, self.levels, -1, -1).reshape(-1))
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        queries: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        shapes: Shapes,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """queries [B, Q, C], reference [B, Q, L, 2 or 4] in 0..1, memory [B, S, C], padding [B, S] bool -> [B, Q, C]"""
+        batch, count, _ = queries.shape
+        value = self.value_proj(memory)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        value = value.unflatten(-1, (self.heads, -1))  # [B, S, H, D]
+        points = (self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(queries).view(batch, count, *points, 2)
+        logits = self.attention_weights(queries).view(batch, count, *points)
+        attended = ms_deform_attn(value, shapes, reference, offsets, logits)
+        return self.output_proj(attended)
+
+
+class FeedForward(nn.Module):
+    """linear1, ReLU, linear2, shortcut, norm."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention of a feature pyramid."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = DeformableAttention(width, heads, levels, points)
+        self.norm1 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, hidden)
+
+    def forward(
+        self,
+        memory: Tensor,
+        positions: Tensor,
+        reference: Tensor,
+        shapes: Shapes,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """memory [B, S, C], positions [B or 1, S, C], reference [B, S, L, 2] -> [B, S, C]"""
+        attended = self.self_attn(memory + positions, reference, memory, shapes, padding)
+        return self.feed_forward(self.norm1(memory + attended))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among queries, then deformable attention to the image."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attn = DeformableAttention(width, heads, levels, points)
+        self.norm1 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, hidden)
+
+    def forward(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        shapes: Shapes,
+        blocked: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """queries and positions [B, Q, C], reference [B, Q, L, 2 or 4], blocked [Q, Q] bool (True: may not look)"""
+        placed = queries + positions
+        attended = self.self_attn(placed, placed, queries, attn_mask=blocked, need_weights=False)[0]
+        queries = self.norm2(queries + attended)
+        attended = self.cross_attn(queries + positions, reference, memory, shapes, padding)
+        return self.feed_forward(self.norm1(queries + attended))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int) -> None:
+        super().__init__()
+        sizes = [inputs] + [hidden] * (layers - 1) + [outputs]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def zero_last(mlp: MLP) -> MLP:
+    """Start an MLP's output at 0, so that a refinement begins as no change."""
+    last = mlp.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return mlp
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    x = x.clamp(0.0, 1.0)
+    return (x.clamp(min=eps) / (1.0 - x).clamp(min=eps)).log()

@@ -1,0 +1,98 @@
+"""What the networks return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from smope.networks.mesh_decoder import RebuiltMeshes
+from smope.networks.mesh_encoder import MeshTokens
+from smope.networks.position import Shapes
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """An encoded image."""
+
+    memory: Tensor  # [B, S, C] tokens of all levels in turn
+    shapes: Shapes
+    fine: Tensor  # [B, C4, H / 4, W / 4] backbone features
+
+    def level(self, index: int) -> Tensor:
+        """[B, C, h, w] the tokens of one level as a picture"""
+        start = sum(h * w for h, w in self.shapes[:index])
+        h, w = self.shapes[index]
+        return self.memory[:, start : start + h * w].transpose(1, 2).unflatten(-1, (h, w))
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """Queries after each decoder layer; boxes as cx, cy, w, h in 0..1 of the padded image."""
+
+    queries: Tensor  # [L, B, Q, C]
+    boxes: Tensor  # [L, B, Q, 4]
+    logits: Tensor  # [L, B, Q, M] similarity to each mesh
+    proposal_boxes: Tensor  # [B, K, 4] of the chosen encoder tokens
+    proposal_logits: Tensor  # [B, K]
+    denoising: int = 0  # how many queries at the front are noised copies of the truth
+
+
+@dataclass(frozen=True, eq=False)
+class PoseEstimate:
+    """Poses of pairs (query, mesh), of the mesh centred on its bounding box, in the camera frame."""
+
+    rotation: Tensor  # [B, P, 3, 3]
+    translation: Tensor  # [B, P, 3] metres
+    centre: Tensor  # [B, P, 2] projected centre, pixels
+    offsets: Tensor | None = (
+        None  # [B, P, A, 2] where the anchors should move, in units of the apparent diameter
+    )
+    offset_weights: Tensor | None = None  # [B, P, A] 0..1
+    anchors_uv: Tensor | None = None  # [B, P, A, 2] where the anchors stood, pixels
+
+    def detach(self) -> PoseEstimate:
+        return replace(
+            self,
+            rotation=self.rotation.detach(),
+            translation=self.translation.detach(),
+            centre=self.centre.detach(),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PairOutputs:
+    """Poses and what goes with them: the direct estimate first, then one a refinement layer."""
+
+    poses: tuple[PoseEstimate, ...]
+    visibility_logit: Tensor  # [B, P]
+    log_sigma: Tensor  # [B, P, 2] log expected error: rotation in radians, translation over the diameter
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingOutputs:
+    """All that the losses look at."""
+
+    detections: Detections
+    meshes: MeshTokens
+    rebuilt: RebuiltMeshes
+    features: Features
+    match: Tensor  # [L + 1, B, N] query of each object slot, per decoder layer, then for the proposals; -1 for none
+    layer_pairs: tuple[
+        PairOutputs, ...
+    ]  # one a supervised decoder layer; pairs are matched, then denoising ones
+    pair_slots: Tensor  # [B, P] object slot of each pair
+    pair_valid: Tensor  # [B, P] bool
+    coordinates: Tensor | None = None  # [B, 4, h, w] object coordinates and visibility logit at stride 8
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """[B, Q, ...] and [B, P] -> [B, P, ...]"""
+    shape = (*index.shape, *x.shape[2:])
+    return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(shape))
+
+
+def take_layers(x: Tensor, index: Tensor) -> Tensor:
+    """[L, B, Q, ...] and [L, B, P] -> [L, B, P, ...]"""
+    return torch.stack([take(a, i) for a, i in zip(x, index, strict=True)])

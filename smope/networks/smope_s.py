@@ -1,0 +1,249 @@
+"""smope-s, the default network: image + intrinsics + mesh tokens -> detections and poses in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from smope.networks.attention3d import MeshAttention, MeshSimilarity
+from smope.networks.backbone import build_backbone
+from smope.networks.deformable import MLP, DecoderLayer, EncoderLayer, inverse_sigmoid, zero_last
+from smope.networks.denoising import attention_mask, noised_boxes
+from smope.networks.mesh_decoder import MeshDecoder
+from smope.networks.mesh_encoder import MeshEncoder, MeshInputs, MeshTokens
+from smope.networks.outputs import Detections, Features, PairOutputs, TrainingOutputs, take, take_layers
+from smope.networks.pose_head import ImageSize, PoseHead
+from smope.networks.position import Shapes, cell_centres, pyramid_positions, sine_embedding
+from smope.networks.refine import AnchorFeatures, PoseRefiner
+
+
+@dataclass(frozen=True)
+class SmopeSConfig:
+    backbone: Literal["efficientnet_lite2", "resnet50v2"] = "efficientnet_lite2"
+    width: int = 256
+    heads: int = 8
+    points: int = 4
+    encoder_layers: int = 3
+    encoder_hidden: int = 512
+    decoder_layers: int = 4
+    decoder_hidden: int = 1024
+    queries: int = 100
+    mesh_tokens: int = 32
+    surface_points: int = 1024
+    anchors: int = 64
+    refine_layers: int = 2
+    rebuilt_points: int = 512
+    denoising_groups: int = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What the truth tells the network in training: which object is where, in 0..1 of the image."""
+
+    labels: Tensor  # [B, N] int64, -1 for an empty slot
+    boxes: Tensor  # [B, N, 4] cxcywh
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best pairs of query and mesh of each image, best first."""
+
+    scores: Tensor  # [B, P] 0..1
+    labels: Tensor  # [B, P]
+    boxes: Tensor  # [B, P, 4] cxcywh in 0..1
+    pairs: PairOutputs
+
+
+Matcher = Callable[[Detections, Targets], Tensor]
+
+
+class SmopeS(nn.Module):
+    levels = 3  # strides 8, 16, 32
+
+    def __init__(self, config: SmopeSConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.backbone = build_backbone(c.backbone)
+        channels = self.backbone.channels
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(n, c.width, 1), nn.GroupNorm(32, c.width)) for n in channels[1:]
+        )
+        self.level_embed = nn.Parameter(torch.randn(self.levels, c.width) * 0.1)
+        deformable = (c.width, c.heads, self.levels, c.points)
+        self.encoder = nn.ModuleList(
+            EncoderLayer(*deformable, c.encoder_hidden) for _ in range(c.encoder_layers)
+        )
+        self.proposal = nn.Sequential(nn.Linear(c.width, c.width), nn.LayerNorm(c.width))
+        self.proposal_score = nn.Linear(c.width, 1)
+        self.proposal_box = zero_last(MLP(c.width, c.width, 4, 3))
+        nn.init.constant_(self.proposal_score.bias, -4.0)
+
+        self.box_position = MLP(2 * c.width, c.width, c.width, 2)
+        self.decoder = nn.ModuleList(
+            DecoderLayer(*deformable, c.decoder_hidden) for _ in range(c.decoder_layers)
+        )
+        self.box_heads = nn.ModuleList(
+            zero_last(MLP(c.width, c.width, 4, 3)) for _ in range(c.decoder_layers)
+        )
+
+        self.mesh_encoder = MeshEncoder(c.width, c.mesh_tokens)
+        self.mesh_decoder = MeshDecoder(c.width, c.rebuilt_points)
+        self.similarity = MeshSimilarity(c.width)
+        self.mesh_attention = MeshAttention(c.width, c.heads)
+        self.pose_head = PoseHead(c.width)
+        self.anchor_features = AnchorFeatures(c.width, channels[0])
+        self.refiners = nn.ModuleList(
+            PoseRefiner(c.width, self.anchor_features.channels) for _ in range(c.refine_layers)
+        )
+        self.coordinates = nn.Conv2d(
+            c.width, 4, 1
+        )  # a target in training only: where on its mesh each cell looks
+
+    def encode_meshes(self, inputs: MeshInputs) -> MeshTokens:
+        return self.mesh_encoder(inputs)
+
+    def forward(self, images: Tensor, K: Tensor, meshes: MeshTokens, top_k: int = 32) -> Found:
+        """images [B, 3, H, W] in 0..1 with H and W multiples of 32, K [B, 3, 3] pixels"""
+        features = self.encode_image(images)
+        detections = self.detect(features, meshes)
+        queries, boxes = detections.queries[-1], detections.boxes[-1]
+        scores, labels = detections.logits[-1].sigmoid().max(-1)  # [B, Q] each: one mesh a query
+        scores, best = scores.topk(min(top_k, scores.shape[1]), dim=1)
+        labels, boxes = take(labels, best), take(boxes, best)
+        size = (images.shape[-1], images.shape[-2])
+        pairs = self.estimate_poses(take(queries, best), boxes, labels, meshes, K, size, features)
+        return Found(scores, labels, boxes, pairs)
+
+    def forward_training(
+        self, images: Tensor, K: Tensor, inputs: MeshInputs, targets: Targets, matcher: Matcher
+    ) -> TrainingOutputs:
+        """The same way with the truth at hand: denoising queries, and poses of the matched queries only."""
+        meshes = self.mesh_encoder(inputs)
+        features = self.encode_image(images)
+        detections = self.detect(features, meshes, targets)
+        match = matcher(detections, targets)  # [L + 1, B, N]
+
+        layers, batch, slots = match.shape[0] - 1, *targets.labels.shape
+        groups = detections.denoising // slots
+        noised = torch.arange(detections.denoising, device=images.device).expand(layers, batch, -1)
+        index = torch.cat([match[:-1].clamp(min=0) + detections.denoising, noised], -1)  # [L, B, P]
+        pair_slots = torch.arange(slots, device=images.device).repeat(1 + groups).expand(batch, -1)  # [B, P]
+        labels = take(targets.labels, pair_slots)
+        queries = take_layers(detections.queries, index)
+        boxes = take_layers(detections.boxes, index).detach()
+        size = (images.shape[-1], images.shape[-2])
+        last = layers - 1
+        layer_pairs = tuple(
+            self.estimate_poses(
+                queries[i], boxes[i], labels.clamp(min=0), meshes, K, size, features if i == last else None
+            )
+            for i in range(layers)
+        )
+        return TrainingOutputs(
+            detections=detections,
+            meshes=meshes,
+            rebuilt=self.mesh_decoder(meshes.embedding),
+            features=features,
+            match=match,
+            layer_pairs=layer_pairs,
+            pair_slots=pair_slots,
+            pair_valid=labels >= 0,
+            coordinates=self.coordinates(features.level(0)),
+        )
+
+    def encode_image(self, images: Tensor) -> Features:
+        height, width = images.shape[-2:]
+        if height % 32 or width % 32:
+            raise ValueError(f"image of {width}x{height} given; pad width and height to multiples of 32")
+        fine, *pyramid = self.backbone(images)
+        projected = [layer(x) for layer, x in zip(self.input_proj, pyramid, strict=True)]
+        shapes: Shapes = tuple((x.shape[-2], x.shape[-1]) for x in projected)
+        memory = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], 1)  # [B, S, C]
+        level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, shapes, strict=True)])
+        positions = (pyramid_positions(shapes, self.config.width, images.device) + level)[None]
+        reference = cell_centres(shapes, images.device)[None, :, None].expand(
+            len(images), -1, self.levels, -1
+        )
+        for layer in self.encoder:
+            memory = layer(memory, positions, reference, shapes)
+        return Features(memory, shapes, fine)
+
+    def detect(self, features: Features, meshes: MeshTokens, targets: Targets | None = None) -> Detections:
+        """Choose proposals among the cells, then refine them as queries. Which meshes are registered changes the
+        logits alone, never the queries or boxes."""
+        output = self.proposal(features.memory)  # [B, S, C]
+        scores = self.proposal_score(output)[..., 0].float()
+        best = scores.topk(self.config.queries, dim=1).indices  # [B, Q]
+        chosen = take(output, best)
+        raw = self.proposal_box(chosen).float() + inverse_sigmoid(self._cell_boxes(features.shapes, best))
+        boxes = raw.sigmoid()
+        proposal_boxes, proposal_logits = boxes, take(scores, best)
+
+        queries, reference, blocked, denoising = chosen.detach(), boxes.detach(), None, 0
+        if targets is not None and self.config.denoising_groups:
+            noised = noised_boxes(targets.labels, targets.boxes, self.config.denoising_groups)
+            content = take(output, self._cell_of(features.shapes, noised)).detach()
+            queries, reference = torch.cat([content, queries], 1), torch.cat([noised, reference], 1)
+            denoising = noised.shape[1]
+            blocked = attention_mask(
+                self.config.denoising_groups, targets.labels.shape[1], best.shape[1], noised.device
+            )
+
+        all_queries, all_boxes = [], []
+        for layer, box_head in zip(self.decoder, self.box_heads, strict=True):
+            positions = self.box_position(sine_embedding(reference, self.config.width // 2))
+            levels = reference[:, :, None].expand(-1, -1, self.levels, -1)
+            queries = layer(queries, positions, levels, features.memory, features.shapes, blocked)
+            boxes = (box_head(queries).float() + inverse_sigmoid(reference)).sigmoid()
+            reference = boxes.detach()
+            all_queries.append(queries)
+            all_boxes.append(boxes)
+        stacked = torch.stack(all_queries)
+        logits = self.similarity(stacked, meshes)
+        return Detections(stacked, torch.stack(all_boxes), logits, proposal_boxes, proposal_logits, denoising)
+
+    def estimate_poses(
+        self,
+        queries: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        meshes: MeshTokens,
+        K: Tensor,
+        size: ImageSize,
+        features: Features | None,
+    ) -> PairOutputs:
+        """queries [B, P, C], boxes [B, P, 4], labels [B, P]; refined where image features are given"""
+        pairs = self.mesh_attention(queries, labels, meshes)
+        diameters = meshes.diameters[labels]
+        pose, visibility, log_sigma = self.pose_head(pairs, boxes, diameters, K, size)
+        poses = [pose]
+        if features is not None and self.config.refine_layers:
+            maps = self.anchor_features(features)
+            anchors = meshes.anchors[labels]
+            for refiner in self.refiners:
+                pose, pairs = refiner(pose.detach(), pairs, maps, anchors, diameters, K, size)
+                poses.append(pose)
+            log_sigma = self.pose_head.log_sigma(pairs)
+        return PairOutputs(tuple(poses), visibility, log_sigma)
+
+    def _cell_boxes(self, shapes: Shapes, index: Tensor) -> Tensor:
+        """[B, Q, 4] the box each cell starts from: its centre, and a size that doubles with the level"""
+        centres = cell_centres(shapes, index.device)
+        sizes = torch.cat([centres.new_full((h * w,), 0.06 * 2**i) for i, (h, w) in enumerate(shapes)])
+        height, width = shapes[0]
+        aspect = (width / height) ** 0.5
+        boxes = torch.cat([centres, sizes[:, None] / aspect, sizes[:, None] * aspect], -1)  # [S, 4]
+        return boxes[index]
+
+    def _cell_of(self, shapes: Shapes, boxes: Tensor) -> Tensor:
+        """[B, Q] the cell at stride 16 that holds each box's centre"""
+        start = shapes[0][0] * shapes[0][1]
+        h, w = shapes[1]
+        x = (boxes[..., 0] * w).long().clamp(0, w - 1)
+        y = (boxes[..., 1] * h).long().clamp(0, h - 1)
+        return start + y * w + x
