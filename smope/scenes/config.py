@@ -1,0 +1,81 @@
+"""What the synthetic scenes may look like: every range of the sampler, the lights and the camera."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """Ranges of the scene sampler. Metres, pixels, degrees; probabilities in 0..1.
+
+    The camera's defaults are LM-O's (Kinect, 640x480).
+    """
+
+    width: int = 640  # pixels
+    height: int = 480
+    fx: float = 572.4114  # pixels
+    fy: float = 573.57043
+    cx: float = 325.2611
+    cy: float = 242.04899
+    focal_jitter_probability: float = 0.3  # share of images seen through another lens ...
+    focal_scale: Range = (0.7, 1.4)  # ... with this factor on fx and fy
+    near: float = 0.08  # clipping planes, metres
+    far: float = 12.0
+
+    max_targets: int = 8  # object slots of an image (N)
+    targets: tuple[int, int] = (1, 8)  # targets placed in an image, inclusive
+    full_set_probability: float = 0.35  # share of images with as many targets as fit, as in crowded photos
+    repeat_probability: float = 0.10  # share of images that may hold several instances of one object
+    clutter: tuple[int, int] = (3, 8)  # other objects in the heap, inclusive
+    far_clutter: tuple[int, int] = (0, 4)  # other objects standing around it, table scenes only
+    invented_scale_share: float = 0.15  # most clutter draws from meshes whose scale was invented
+    clutter_scale: Range = (0.75, 1.3)
+
+    table_probability: float = 0.65  # the rest are free scenes: objects in the air before a photo
+    upright_probability: float = 0.6  # targets standing with their model z axis up
+    tilt_probability: float = 0.12  # objects leaning instead of resting flat
+    stack_probability: float = 0.12  # objects standing on another one
+    heap_radius: Range = (0.06, 0.22)  # standard deviation of the positions on the plane, metres
+    overlap: Range = (0.0, 0.35)  # allowed overlap of footprint circles, share of the smaller radius
+    distance: Range = (0.35, 1.6)  # camera to the object it looks at, metres
+    elevation: Range = (0.0, 90.0)  # of the camera above the plane, degrees
+    look_at_jitter: float = 0.10  # standard deviation of the point looked at, metres
+    roll: float = 20.0  # standard deviation of the in-plane roll, degrees
+    any_roll_probability: float = 0.10
+
+    front_occluder_probability: float = 0.45  # chance, for each target of a free scene, of an occluder in front
+    min_visibility: float = 0.02  # slots below are left empty
+
+    shadow_size: int = 256  # texels of a light-view depth map
+    layers: int = 4  # texture layers on the plane: table, board, two sheets
+    materials: int = 32  # ids an image can hold, 0 (nothing) and the plane included
+    lights: int = 3
+
+    exposure: Range = (0.10, 0.62)  # mean of the sRGB image that the exposure aims at
+    blur_sigma: Range = (0.35, 1.6)  # pixels: anti-aliasing and defocus together
+    motion_probability: float = 0.15
+    motion_length: Range = (1.5, 7.0)  # pixels
+    noise: Range = (0.0003, 0.006)  # read noise, standard deviation as a share of full scale, linear light
+    shot_noise: Range = (0.001, 0.02)  # standard deviation of the shot noise at full scale
+    sharpen: Range = (0.0, 1.6)  # amount of unsharp masking
+    jpeg_probability: float = 0.6
+    jpeg_quality: Range = (60.0, 95.0)
+    erase_probability: float = 0.05  # strips or patches cut out of the image
+
+    def __post_init__(self) -> None:
+        if self.max_targets + self.clutter[1] + self.far_clutter[1] + self.max_targets + 2 > self.materials:
+            raise ValueError(
+                f"SceneConfig.materials = {self.materials} is fewer than the ids that max_targets, clutter, "
+                "far_clutter and one occluder a target can need; raise it"
+            )
+        if not 1 <= self.targets[0] <= self.targets[1] <= self.max_targets:
+            raise ValueError(f"SceneConfig.targets = {self.targets}: expected 1 <= low <= high <= {self.max_targets}")
+        if self.materials > 255:
+            raise ValueError(f"SceneConfig.materials = {self.materials}: ids travel in 8 bits, 255 at most")
+
+    @property
+    def plane_material(self) -> int:
+        return self.materials - 1

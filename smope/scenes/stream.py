@@ -1,0 +1,264 @@
+"""SceneStream: endless batches of rendered training images."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from queue import Empty, Full, Queue
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smope.data.items import Batch
+from smope.scenes.assets import SceneAssets, build_assets
+from smope.scenes.compose import BOARDS, SHEETS, TextureBank, compose, visibility
+from smope.scenes.config import SceneConfig
+from smope.scenes.degrade import CameraDraw, photograph
+from smope.scenes.layout import unpack
+from smope.scenes.rasterise import Rasteriser
+from smope.scenes.sample import SceneSampler
+from smope.scenes.workers import RawBatch, WorkerPool, render_one
+
+if TYPE_CHECKING:
+    from smope.objects import ObjectModel
+
+log = logging.getLogger(__name__)
+Moved = tuple[int, dict[str, Tensor], "torch.cuda.Event | None"]
+
+
+class SceneStream:
+    """Iterable over `Batch`; batch i depends on `seed` and i alone, however many workers draw it.
+
+    `objects` become labels 0, 1, ... in their order. `workers` processes rasterise (0: in this process); light,
+    shadow and camera run in torch on `device`. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        objects: Sequence[ObjectModel],
+        clutter: Sequence[Path] = (),
+        backgrounds: Path | None = None,
+        config: SceneConfig | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        batch_size: int = 8,
+        start: int = 0,
+        assets: SceneAssets | None = None,
+        slots: int = 3,
+    ) -> None:
+        self.config = config or SceneConfig()
+        self.seed, self.batch_size, self.start = seed, batch_size, start
+        self.device = torch.device(device)
+        assets = assets or build_assets(objects, clutter, backgrounds)
+        self.names = tuple(mesh.name for mesh in assets.targets)
+        self.bank = TextureBank.build(assets, self.device)
+        self._sampler = SceneSampler(
+            assets.targets,
+            assets.clutter,
+            self.config,
+            len(assets.backgrounds),
+            SHEETS,
+            BOARDS,
+            len(assets.environments),
+        )
+        self._workers, self._slots = workers, slots
+        self._index = self.device.index if self.device.type == "cuda" else None
+        self._rasteriser: Rasteriser | None = None
+        self._feeds: list[_Feed] = []
+
+    @classmethod
+    def from_assets(cls, path: Path | str, **options: object) -> SceneStream:
+        """A stream from a file that `prepare_assets` wrote; options as for the constructor."""
+        return cls((), assets=SceneAssets.load(path), **options)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(self.start)
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """Batches `first`, `first` + 1, ...: a resumed run goes on where it was."""
+        if self._workers == 0:
+            number = first
+            while True:
+                yield self.batch(number)
+                number += 1
+        feed = _Feed(self, first)
+        self._feeds.append(feed)
+        try:
+            while True:
+                number, raw = feed.get()
+                yield self.finish(number, raw)
+        finally:
+            feed.close()
+            self._feeds.remove(feed)
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number`, rasterised in this process."""
+        raw = self.rasterise(number)
+        return self.finish(number, {name: tensor.to(self.device) for name, tensor in raw.arrays.items()})
+
+    def rasterise(self, number: int) -> RawBatch:
+        if self._rasteriser is None:
+            meshes = self._sampler.targets + self._sampler.clutter
+            self._rasteriser = Rasteriser(meshes, self.config, self._index)
+        raw = RawBatch.empty(self.batch_size, self.config, shared=False)
+        for image, view in enumerate(raw.views()):
+            render_one(self._sampler, self._rasteriser, self._image_seed(number, image), view)
+        return raw
+
+    @torch.no_grad()
+    def finish(self, number: int, raw: dict[str, Tensor]) -> Batch:
+        """Light, photograph and label a batch whose arrays are on the device."""
+        scene = unpack(raw["rows"], self.config)
+        composed = compose(
+            raw["albedo"], raw["normal"], raw["depth"], raw["light"], scene, self.bank, self.config
+        )
+        camera = CameraDraw.sample((self.seed, number, 1), len(raw["rows"]), self.config, self.device)
+        generator = torch.Generator(self.device).manual_seed(hash((self.seed, number)) & 0x7FFFFFFF)
+        images = photograph(composed.radiance, camera, generator)
+        tiles = raw["tiles"] > 127
+        visible = visibility(composed.material, tiles, scene["boxes"])
+        labels = scene["labels"].long()
+        labels = torch.where(visible >= self.config.min_visibility, labels, torch.full_like(labels, -1))
+        slot = composed.material.long()
+        targets = slot <= self.config.max_targets
+        kept = torch.cat([torch.zeros_like(labels[:, :1], dtype=torch.bool), labels >= 0], dim=1)
+        rows = torch.arange(len(labels), device=slot.device)[:, None, None]
+        shown = targets & kept[rows, torch.where(targets, slot, 0)]
+        present = labels >= 0
+        return Batch(
+            images=images,
+            K=scene["K"].clone(),
+            labels=labels,
+            T_CO=scene["T_CO"].clone(),
+            boxes_xyxy=scene["boxes"].clone(),
+            visibility=torch.where(present, visible, torch.zeros_like(visible)),
+            instance=torch.where(shown, slot, 0).to(torch.uint8),
+            depth=composed.depth,
+            full_masks=tiles & present[:, :, None, None],
+        )
+
+    def close(self) -> None:
+        """End workers and release the OpenGL context; calling it again does nothing."""
+        for feed in list(self._feeds):
+            feed.close()
+        if self._rasteriser is not None:
+            self._rasteriser.release()
+            self._rasteriser = None
+
+    def __enter__(self) -> SceneStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _image_seed(self, number: int, image: int) -> tuple[int, ...]:
+        return (self.seed, number, 0, image)
+
+
+class _SeedOf:
+    """The seed of an image; a class, so that no closure has to travel."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, number: int, image: int) -> tuple[int, ...]:
+        return (self.seed, number, 0, image)
+
+
+class _Feed:
+    """A thread that moves finished batches to the device on a stream of its own, ahead of their use."""
+
+    def __init__(self, stream: SceneStream, first: int) -> None:
+        self._device = stream.device
+        self._pool = WorkerPool(
+            stream._sampler,
+            stream._workers,
+            stream.batch_size,
+            _SeedOf(stream.seed),
+            slots=stream._slots,
+            first=first,
+            device_index=stream._index,
+        )
+        self._ready: Queue[Moved | BaseException] = Queue(maxsize=2)
+        self._stop = threading.Event()
+        self._pinned = self._pin()
+        self._thread = threading.Thread(target=self._run, name="scene-feed", daemon=True)
+        self._thread.start()
+
+    def get(self) -> tuple[int, dict[str, Tensor]]:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        number, arrays, moved = item
+        if moved is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(moved)
+            for tensor in arrays.values():
+                tensor.record_stream(current)
+        return number, arrays
+
+    def close(self) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()
+            except Empty:
+                self._thread.join(0.1)
+        self._unpin()
+        self._pool.close()
+
+    def _run(self) -> None:
+        try:
+            side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+            while not self._stop.is_set():
+                taken = self._pool.take(self._stop.is_set)
+                if taken is None:
+                    return
+                number, slot = taken
+                arrays = self._pool.slots[slot].arrays
+                if side is None:
+                    item: Moved = (number, {name: t.clone() for name, t in arrays.items()}, None)
+                else:
+                    with torch.cuda.stream(side):
+                        moved = {name: t.to(self._device, non_blocking=True) for name, t in arrays.items()}
+                        event = torch.cuda.Event()
+                        event.record(side)
+                    event.synchronize()  # before a worker overwrites the slot
+                    item = (number, moved, event)
+                self._pool.free(slot)
+                self._put(item)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Moved | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(item, timeout=0.2)
+            except Full:
+                continue
+
+    def _pin(self) -> list[int]:
+        """Register the shared memory with CUDA, so that copies run at full speed beside the training."""
+        if self._device.type != "cuda":
+            return []
+        pinned = []
+        runtime = torch.cuda.cudart()
+        for slot in self._pool.slots:
+            for tensor in slot.arrays.values():
+                size = tensor.numel() * tensor.element_size()
+                if int(runtime.cudaHostRegister(tensor.data_ptr(), size, 0)) == 0:
+                    pinned.append(tensor.data_ptr())
+        if not pinned:
+            log.info("shared memory could not be pinned; copies to the GPU will be slower")
+        return pinned
+
+    def _unpin(self) -> None:
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())
