@@ -110,7 +110,7 @@ class SMOPE:
             write_atomically(folder / hub.CARD_FILE, self.card.encode())
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Save and upload to the Hugging Face hub; options as for `smope.hub.push`. Returns the commit's address."""
+        """Save and upload to the Hugging Face hub, options as for `smope.hub.push`; gives the address."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return hub.push(folder, repo_id, **options)
@@ -138,7 +138,7 @@ class SMOPE:
         """Say which objects to look for; replaces the set unless `add`.
 
         `meshes` is {name: mesh}, where a mesh is a path (OBJ, PLY, STL, GLB), a trimesh, (vertices, faces) or
-        pytorch3d Meshes, all in `units` ("m", "cm", "mm", "in"); or a list of names the weights were trained on.
+        pytorch3d Meshes, all in `units` ("m", "cm", "mm", "in"); or a list of names that the weights know.
         `symmetries` is None (a trained name keeps the ones it was trained with), "auto", or {name: BOP form}.
         """
         if isinstance(meshes, str):
@@ -157,8 +157,8 @@ class SMOPE:
         strangers = [name for name, model in found.items() if not model.trained]
         if strangers:
             log.warning(
-                "%s: these weights (trained on %s) have not seen %s; expect weak or no poses until you fine-tune "
-                "with smope.train.fit",
+                "%s: these weights (trained on %s) have not seen %s; expect weak or no poses "
+                "until you fine-tune with smope.train.fit",
                 ", ".join(strangers),
                 ", ".join(self.config.objects),
                 "this mesh" if len(strangers) == 1 else "these meshes",
@@ -188,7 +188,8 @@ class SMOPE:
         low, high = self.config.diameters
         if not low / 10 <= model.diameter <= high * 10:
             log.warning(
-                "%s: diameter %.4g m with units=%r; the weights were trained on %.3g to %.3g m. Are the units right?",
+                "%s: diameter %.4g m with units=%r; the weights were trained on %.3g to %.3g m. "
+                "Are the units right?",
                 name,
                 model.diameter,
                 units,
@@ -200,7 +201,8 @@ class SMOPE:
             return model
         if abs(model.diameter / known.diameter - 1) > 0.05:
             log.warning(
-                "%s: diameter %.4g m with units=%r, but the weights were trained on %.4g m; another mesh, or wrong units?",
+                "%s: diameter %.4g m with units=%r, but the weights were trained on %.4g m; "
+                "another mesh, or wrong units?",
                 name,
                 model.diameter,
                 units,
@@ -237,10 +239,10 @@ class SMOPE:
     ) -> Any:
         """Find the registered objects: one image gives one `Poses`, a list gives a list.
 
-        `image` is a path, a PIL image, a uint8 array [H, W, 3] or a float tensor [3, H, W] in 0..1. `K` [3, 3] in
-        pixels of that image, or `fov`, the horizontal field of view in degrees; one for all or one an image.
-        `dist` are OpenCV's distortion coefficients. Without either the checkpoint's camera serves, if the image
-        has its size. Detections below `threshold` are left out, and all but the best `top_k`.
+        `image` is a path, a PIL image, a uint8 array [H, W, 3] or a float tensor [3, H, W] in 0..1. `K` [3, 3]
+        in pixels of that image, or `fov`, the horizontal field of view in degrees; one for all or one an image.
+        `dist` are OpenCV's distortion coefficients. Without K and fov the checkpoint's own camera serves, if the
+        image has its size. Detections below `threshold` are left out, and all but the best `top_k`.
         """
         if self._tokens is None:
             raise ValueError("no meshes are registered; call register_meshes first")
@@ -366,8 +368,8 @@ def _cameras(pictures: Sequence[Tensor], K: Any, fov: Any, dist: Any, config: Mo
     for size, lens in zip(sizes, lenses, strict=True):
         if size != tuple(config.image_size):
             raise ValueError(
-                f"no camera given for an image of {size[0]}x{size[1]}: pass K=[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] "
-                f"in pixels, or fov= the horizontal field of view in degrees (only images of "
+                f"no camera given for an image of {size[0]}x{size[1]}: pass K=[[fx, 0, cx], [0, fy, cy], "
+                f"[0, 0, 1]] in pixels, or fov= the horizontal field of view in degrees (only images of "
                 f"{config.image_size[0]}x{config.image_size[1]} may go without, by the camera of the weights)"
             )
         cameras.append(Camera(torch.tensor(config.K), size, lens))

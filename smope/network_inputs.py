@@ -21,13 +21,15 @@ def surface_table(model: ObjectModel) -> Tensor:
 
 
 def mesh_inputs(objects: Sequence[ObjectModel], surface_points: int, anchors: int) -> MeshInputs:
-    """The same objects give the same tensors; points stand in farthest-point order, so the first ones cover all."""
+    """The same objects give the same tensors; points stand in farthest-point order, so the first ones cover
+    all."""
     tables = torch.stack([surface_table(model) for model in objects])
     diameters = torch.tensor([model.diameter for model in objects], dtype=torch.float32)
     return MeshInputs(tables[:, :surface_points], diameters, tables[:, :anchors, :9])
 
 
 def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:
-    """[B, C, H, W] -> zeros at the right and at the bottom until both sides are multiples; K stays as it is."""
+    """[B, C, H, W] -> zeros at the right and at the bottom until both sides are multiples; K stays as it
+    is."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % multiple, 0, -height % multiple))

@@ -64,8 +64,8 @@ class Batch:
     def surface_at_stride(self, stride: int, centres: Tensor, diameters: Tensor) -> tuple[Tensor, Tensor]:
         """What the middle pixel of each cell of `stride` pixels sees.
 
-        `centres` [M, 3] and `diameters` [M] in metres, one a label. Returns object coordinates [B, 3, h, w], centred
-        and over the diameter, and labels [B, h, w], -1 where no object is seen.
+        `centres` [M, 3] and `diameters` [M] in metres, one a label. Returns object coordinates [B, 3, h,
+        w], centred and over the diameter, and labels [B, h, w], -1 where no object is seen.
         """
         if self.instance is None or self.depth is None:
             raise ValueError("surface_at_stride needs a batch with `instance` and `depth`; this one has none")

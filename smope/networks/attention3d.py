@@ -1,8 +1,8 @@
 """3D attention: image queries meet the registered meshes.
 
-A query is classified by its similarity to each mesh's global token, mesh by mesh (a sigmoid each, no softmax over
-meshes), and a pair of query and mesh attends to that mesh's local tokens alone. So meshes may come and go without a
-new head, and registering one never moves the pose of another.
+A query is classified by its similarity to each mesh's global token, mesh by mesh (a sigmoid each, no
+softmax over meshes), and a pair of query and mesh attends to that mesh's local tokens alone. So meshes may
+come and go without a new head, and registering one never moves the pose of another.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Image features at several strides, from convolutional networks with ImageNet weights at hand.
 
-EfficientNet-Lite2: Tan and Le 2019, in the Lite form (ReLU6, no squeeze-and-excitation, TensorFlow "same" padding).
-ResNet-50 v2: He et al. 2016, "Identity Mappings in Deep Residual Networks" (pre-activation), stages 1 to 3.
-BatchNorm runs on its stored statistics in training too: the images are rendered, the photos are not, and
-statistics of renders would widen that gap.
+EfficientNet-Lite2: Tan and Le 2019, in the Lite form (ReLU6, no squeeze-and-excitation, TensorFlow "same"
+padding). ResNet-50 v2: He et al. 2016, "Identity Mappings in Deep Residual Networks" (pre-activation),
+stages 1 to 3. BatchNorm runs on its stored statistics in training too: the images are rendered, the photos
+are not, and statistics of renders would widen that gap.
 """
 
 from __future__ import annotations
@@ -143,6 +143,8 @@ class ResNet50V2(nn.Module):
 
     channels = (256, 512, 1024, 512)
     strides = (4, 8, 16, 32)
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,11 +181,12 @@ Backbone = EfficientNetLite2 | ResNet50V2
 
 
 def build_backbone(name: BackboneName) -> Backbone:
-    return {"efficientnet_lite2": EfficientNetLite2, "resnet50v2": ResNet50V2}[name]()
+    return EfficientNetLite2() if name == "efficientnet_lite2" else ResNet50V2()
 
 
 def load_imagenet_weights(backbone: Backbone, path: Path) -> None:
-    """Read an ImageNet checkpoint in its publisher's key names into `backbone`; every backbone key must be met."""
+    """Read an ImageNet checkpoint in its publisher's key names into `backbone`; every backbone key must be
+    met."""
     tensors = {key: tensor.float() for key, tensor in load_file(path).items()}
     if isinstance(backbone, EfficientNetLite2):
         tensors = dict(_rename_efficientnet(tensors, [s[4] for s in EfficientNetLite2.stages]))

@@ -6,6 +6,7 @@ Names of submodules are those of the paper's code, so that its checkpoints map o
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,8 @@ class DeformableAttention(nn.Module):
         shapes: Shapes,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """queries [B, Q, C], reference [B, Q, L, 2 or 4] in 0..1, memory [B, S, C], padding [B, S] bool -> [B, Q, C]"""
+        """queries [B, Q, C], reference [B, Q, L, 2 or 4] in 0..1, memory [B, S, C], padding [B, S] bool ->
+        [B, Q, C]"""
         batch, count, _ = queries.shape
         value = self.value_proj(memory)
         if padding is not None:
@@ -120,7 +122,8 @@ class DecoderLayer(nn.Module):
         blocked: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """queries and positions [B, Q, C], reference [B, Q, L, 2 or 4], blocked [Q, Q] bool (True: may not look)"""
+        """queries and positions [B, Q, C], reference [B, Q, L, 2 or 4], blocked [Q, Q] bool (True: may not
+        look)"""
         placed = queries + positions
         attended = self.self_attn(placed, placed, queries, attn_mask=blocked, need_weights=False)[0]
         queries = self.norm2(queries + attended)
@@ -134,7 +137,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, layers: int) -> None:
         super().__init__()
         sizes = [inputs] + [hidden] * (layers - 1) + [outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

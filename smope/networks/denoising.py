@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def noised_boxes(labels: Tensor, boxes: Tensor, groups: int, noise: float = 0.4) -> Tensor:
-    """labels [B, N], boxes [B, N, 4] cxcywh in 0..1 -> [B, groups * N, 4]; empty slots get a box in the middle
+    """labels [B, N], boxes [B, N, 4] cxcywh in 0..1 -> [B, groups * N, 4]; empty slots get a box in the
+    middle
 
     Centres move by up to noise / 2 of the box, sides grow or shrink by up to that share of themselves.
     """
@@ -20,7 +21,8 @@ def noised_boxes(labels: Tensor, boxes: Tensor, groups: int, noise: float = 0.4)
 
 
 def attention_mask(groups: int, slots: int, queries: int, device: torch.device) -> Tensor:
-    """[D + Q, D + Q] bool, True where looking is forbidden: no group sees another, and no real query sees a group."""
+    """[D + Q, D + Q] bool, True where looking is forbidden: no group sees another, and no real query sees a
+    group."""
     noised = groups * slots
     group = torch.arange(noised, device=device) // slots
     blocked = torch.zeros(noised + queries, noised + queries, dtype=torch.bool, device=device)

@@ -1,4 +1,5 @@
-"""3D decoder: rebuilds a mesh's surface points, its scale and its centre from the global token (the paper's L_M)."""
+"""3D decoder: rebuilds a mesh's surface points, its scale and its centre from the global token (the paper's
+L_M)."""
 
 from __future__ import annotations
 

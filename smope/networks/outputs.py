@@ -78,7 +78,7 @@ class TrainingOutputs:
     meshes: MeshTokens
     rebuilt: RebuiltMeshes
     features: Features
-    match: Tensor  # [L + 1, B, N] query of each object slot, per decoder layer, then for the proposals; -1 for none
+    match: Tensor  # [L + 1, B, N] query of each slot, a decoder layer each, then the proposals; -1 for none
     layer_pairs: tuple[
         PairOutputs, ...
     ]  # one a supervised decoder layer; pairs are matched, then denoising ones

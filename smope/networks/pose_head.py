@@ -1,8 +1,8 @@
 """Pose head: features of a pair (query, mesh) -> rotation, projected centre, depth, visibility, uncertainty.
 
-The rotation is allocentric (as seen along the ray to the object), in the 6-value form of Zhou et al. 2019. Depth is
-predicted as a factor on focal length x diameter / box size, so that another lens or another size of the same object
-gives the right depth without having been seen.
+The rotation is allocentric (as seen along the ray to the object), in the 6-value form of Zhou et al. 2019.
+Depth is predicted as a factor on focal length x diameter / box size, so that another lens or another size
+of the same object gives the right depth without having been seen.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def pose_from_values(
     K: Tensor,
     size: ImageSize,
 ) -> PoseEstimate:
-    """The geometry of the head: [B, P, 6], [B, P, 2] in box sizes, [B, P] -> pose of the centred mesh, metres."""
+    """The geometry of the head: [B, P, 6], [B, P, 2] in box sizes, [B, P] -> pose of the centred mesh,
+    metres."""
     extent = (boxes[..., 2:] * boxes.new_tensor(size)).clamp(min=1.0)  # [B, P, 2] pixels
     centre = unit_to_pixels(boxes[..., :2], size) + shift * extent  # [B, P, 2] pixels
     box_size = extent.prod(-1).sqrt()

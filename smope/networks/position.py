@@ -11,7 +11,8 @@ Shapes = tuple[tuple[int, int], ...]  # (height, width) of each level
 
 
 def sine_embedding(coordinates: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
-    """[..., D] coordinates in 0..1 -> [..., D * width]: sines and cosines, interleaved (Carion et al. 2020, DETR)."""
+    """[..., D] coordinates in 0..1 -> [..., D * width]: sines and cosines, interleaved (Carion et al. 2020,
+    DETR)."""
     exponent = torch.arange(width, device=coordinates.device, dtype=torch.float32)
     divisor = temperature ** (2 * torch.div(exponent, 2, rounding_mode="floor") / width)
     angles = coordinates[..., None].float() * (2 * math.pi) / divisor  # [..., D, width]

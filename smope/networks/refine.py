@@ -1,9 +1,9 @@
 """Pose refinement inside the pass: look where the current pose says each surface point is, and move the pose.
 
-Some dozens of surface points (anchors) of the registered mesh are projected with the current pose; image features
-are read there; attention among the anchors predicts for each where it should move and how far it is to be trusted.
-One weighted Gauss-Newton step on the reprojection error, damped by a prior that the network predicts too, turns
-that into a new pose. Intrinsics and size enter through the projection alone.
+Some dozens of surface points (anchors) of the registered mesh are projected with the current pose; image
+features are read there; attention among the anchors predicts for each where it should move and how far it
+is to be trusted. One weighted Gauss-Newton step on the reprojection error, damped by a prior that the network
+predicts too, turns that into a new pose. Intrinsics and size enter through the projection alone.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class PoseRefiner(nn.Module):
         K: Tensor,
         size: ImageSize,
     ) -> tuple[PoseEstimate, Tensor]:
-        """pairs [B, P, C], anchors [B, P, A, 9] (point over diameter, normal, colour), diameters [B, P] metres
+        """pairs [B, P, C], anchors [B, P, A, 9] (point over diameter, normal, colour), diameters [B, P]
+        metres
 
         -> the moved pose, and the pairs' features with what was seen added
         """
@@ -126,8 +127,8 @@ def gauss_newton_step(
     """Rotation and translation after one damped step on sum_k w_k |du_k(step) - offset_k|^2 + prior.
 
     arms [B, P, A, 3] rotated anchors, metres; offsets [B, P, A, 2] in apparent diameters; weights [B, P, A];
-    prior_step, prior_weight [B, P, 6]. A step is (rotation vector in the camera's axes; lateral shift x, y over the
-    diameter; log depth along the ray), each of which moves the projections by about its own size.
+    prior_step, prior_weight [B, P, 6]. A step is (rotation vector in the camera's axes; lateral shift x, y
+    over the diameter; log depth along the ray), each of which moves the projections by about its own size.
     """
     t = pose.translation
     depth = t[..., 2].clamp(min=1e-2)

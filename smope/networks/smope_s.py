@@ -174,8 +174,8 @@ class SmopeS(nn.Module):
         return Features(memory, shapes, fine)
 
     def detect(self, features: Features, meshes: MeshTokens, targets: Targets | None = None) -> Detections:
-        """Choose proposals among the cells, then refine them as queries. Which meshes are registered changes the
-        logits alone, never the queries or boxes."""
+        """Choose proposals among the cells, then refine them as queries. Which meshes are registered
+        changes the logits alone, never the queries or boxes."""
         output = self.proposal(features.memory)  # [B, S, C]
         scores = self.proposal_score(output)[..., 0].float()
         best = scores.topk(self.config.queries, dim=1).indices  # [B, Q]

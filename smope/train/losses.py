@@ -10,7 +10,8 @@ from smope.geometry.boxes import cxcywh_to_xyxy, paired_giou
 
 
 def varifocal(logits: Tensor, quality: Tensor, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:
-    """Elementwise varifocal loss (Zhang et al. 2021, eq. 2): positives carry their quality in 0..1, the rest 0."""
+    """Elementwise varifocal loss (Zhang et al. 2021, eq. 2): positives carry their quality in 0..1, the
+    rest 0."""
     logits, quality = logits.float(), quality.float()
     weight = torch.where(quality > 0, quality, alpha * logits.detach().sigmoid() ** gamma)
     return weight * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
@@ -34,7 +35,8 @@ def chamfer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def laplace_nll(log_sigma: Tensor, error: Tensor) -> Tensor:
-    """Negative log-likelihood of an error under a Laplace law of expected size sigma; the error carries no gradient."""
+    """Negative log-likelihood of an error under a Laplace law of expected size sigma; the error carries no
+    gradient."""
     return error.detach() * (-log_sigma).exp() + log_sigma
 
 

@@ -9,9 +9,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from smope.geometry.boxes import cxcywh_to_xyxy, paired_giou
 from smope.networks.outputs import Detections
 from smope.networks.smope_s import Targets
-from smope.geometry.boxes import cxcywh_to_xyxy, paired_giou
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, detections: Detections, targets: Targets) -> Tensor:
-        """-> [L + 1, B, N] the query of each object slot, counted behind the denoising ones, -1 for empty slots;
-        the last row is the encoder's proposals."""
+        """-> [L + 1, B, N] the query of each object slot, counted behind the denoising ones, -1 for empty
+        slots; the last row is the encoder's proposals."""
         skip = detections.denoising
         labels = targets.labels.clamp(min=0)
         layers, _, queries, _ = detections.logits[:, :, skip:].shape

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smope.data.items import Batch
+from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou, xyxy_to_cxcywh
 from smope.geometry.rotations import geodesic_angle
 from smope.network_inputs import surface_table
 from smope.networks.mesh_encoder import MeshInputs
@@ -18,7 +19,6 @@ from smope.networks.pose_head import focal_length
 from smope.networks.refine import project
 from smope.networks.smope_s import SmopeS, Targets
 from smope.objects import ObjectModel
-from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou, xyxy_to_cxcywh
 from smope.train.losses import (
     box_loss,
     chamfer,
@@ -84,7 +84,8 @@ class Objective:
         return torch.stack(weighted).sum(), {name: value.detach() for name, value in parts.items()}
 
     def mesh_views(self, surface_points: int, anchor_count: int) -> MeshInputs:
-        """Another sample of each surface at every step: other points, a little noise, now and then no colours."""
+        """Another sample of each surface at every step: other points, a little noise, now and then no
+        colours."""
         meshes, points, _ = self.surfaces.shape
         device = self.surfaces.device
         order = torch.rand(meshes, points, device=device).argsort(1)
@@ -202,8 +203,10 @@ class Objective:
         apparent: Tensor,
         K: Tensor,
     ) -> Tensor:
-        """[B, P] mean error of where refinement sends the anchors, far ones counted as one apparent diameter"""
-        assert pose.offsets is not None and pose.anchors_uv is not None
+        """[B, P] mean error of where refinement sends the anchors, far ones counted as one apparent
+        diameter"""
+        assert pose.offsets is not None
+        assert pose.anchors_uv is not None
         anchors = outputs.meshes.anchors[labels][..., :3] * diameters[..., None, None]
         truth = project(anchors @ target.rotation.transpose(-1, -2) + target.translation[..., None, :], K)
         wanted = (truth - pose.anchors_uv) / apparent[..., None, None]
@@ -231,9 +234,10 @@ class Objective:
         }
 
     def coordinate_loss(self, predicted: Tensor, batch: Batch) -> Tensor:
-        """Each cell at stride 8 says whether it looks at an object, and where on it; symmetric objects are left out
-        of the second, since a cell cannot know which of the alike places it sees."""
-        assert batch.instance is not None and batch.depth is not None
+        """Each cell at stride 8 says whether it looks at an object, and where on it; symmetric objects are
+        left out of the second, since a cell cannot know which of the alike places it sees."""
+        assert batch.instance is not None
+        assert batch.depth is not None
         coordinates, seen = batch.surface_at_stride(8, self.table.centres, self.table.diameters)
         height, width = predicted.shape[-2:]
         coordinates, seen = coordinates[..., :height, :width], seen[..., :height, :width]

@@ -1,4 +1,5 @@
-"""The pose that a pair is trained towards: of all poses that look the same, the one nearest to the prediction."""
+"""The pose that a pair is trained towards: of all poses that look the same, the one nearest to the
+prediction."""
 
 from __future__ import annotations
 
