@@ -1,0 +1,238 @@
+"""Rebuild the tables of scores in README.md and in the model cards from committed JSON.
+
+    python tools/update_tables.py           # rewrites them
+    python tools/update_tables.py --check   # changes nothing; fails if one is stale
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Its figures come from
+`benchmarks/peers.json` and from the `scores.json` that `smope evaluate` wrote for the bundled weights, which
+must be of the very file of weights that lies beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import re
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+class StaleError(Exception):
+    """The committed files contradict each other; the message says which and what to run."""
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """What one folder of `smope/weights` says of itself."""
+
+    folder: Path
+    config: dict[str, Any]
+    scores: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model.safetensors"
+
+    @property
+    def card(self) -> Path:
+        return self.folder / "MODEL_CARD.md"
+
+    @property
+    def licence(self) -> str:
+        """As the card's front matter has it."""
+        found = re.search(r"^license: *(\S+)", self.card.read_text(encoding="utf-8"), re.MULTILINE)
+        if not found:
+            raise StaleError(f"{self.card}: no line `license: ...` in its front matter")
+        return found[1]
+
+    @property
+    def parameters(self) -> int:
+        """Of the network, without what the checkpoint stores of its meshes."""
+        with self.weights.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        return sum(
+            prod(entry["shape"])
+            for key, entry in header.items()
+            if not key.startswith(("objects.", "__metadata__"))
+        )
+
+
+def bundled_models(root: Path) -> list[BundledModel]:
+    """Every model under smope/weights, its scores checked to be those of its file of weights."""
+    models = []
+    for config in sorted((root / "smope" / "weights").glob("*/config.json")):
+        scores_file = config.parent / "scores.json"
+        if not scores_file.is_file():
+            raise StaleError(f"{scores_file}: missing; `smope evaluate` writes it")
+        model = BundledModel(config.parent, _read(config), _read(scores_file))
+        digest = hashlib.sha256(model.weights.read_bytes()).hexdigest()
+        if model.scores.get("weights_sha256") != digest:
+            raise StaleError(
+                f"{scores_file}: not of the weights beside it; run `smope evaluate` and copy scores.json"
+            )
+        models.append(model)
+    return models
+
+
+def models_table(root: Path) -> list[str]:
+    """The bundled models: what they find, how large they are, under which licence."""
+    rows = []
+    for model in bundled_models(root):
+        size = model.weights.stat().st_size / 2**20
+        objects = ", ".join(model.config["objects"])
+        rows.append(
+            [f"`{model.name}`", objects, f"{model.parameters / 1e6:.1f} M", f"{size:.1f} MiB", model.licence]
+        )
+    return _table(["model", "finds", "parameters", "file", "licence"], rows)
+
+
+def lmo_table(root: Path) -> list[str]:
+    """Our scores on LM-O and those of others."""
+    rows = []
+    for model in bundled_models(root):
+        if model.scores["dataset"] == "lmo":
+            scores = {**model.scores["all"], "seconds": model.scores.get("seconds_an_image_median")}
+            where = f"`scores.json`; {model.scores['device']}"
+            rows.append(
+                [
+                    f"**smope `{model.name}`**",
+                    "one pass, renders only",
+                    *_figures(scores, model.scores["images"], where),
+                ]
+            )
+    rows += [
+        [row["method"], row["kind"], *_figures(row, row["photos"], row["source"])]
+        for row in _read(root / "benchmarks" / "peers.json")["rows"]
+    ]
+    return _table(
+        ["method", "kind", "photos", "AR_MSSD", "AR_MSPD", "ADD(-S) 0.1d", "found", "s an image", "from"],
+        rows,
+    )
+
+
+def card_table(model: BundledModel) -> list[str]:
+    """A model's scores, object by object."""
+    rows = [
+        [
+            name,
+            str(row["targets"]),
+            *_shown(row),
+            _number(row.get("box_AP"), "{:.3f}"),
+            _number(row.get("visibility_mae"), "{:.3f}"),
+        ]
+        for name, row in {**model.scores["objects"], "all": model.scores["all"]}.items()
+    ]
+    heading = [
+        "object",
+        "targets",
+        "AR_MSSD",
+        "AR_MSPD",
+        "ADD(-S) 0.1d",
+        "found",
+        "box AP",
+        "visibility error",
+    ]
+    said = (
+        f"{model.scores['images']} photos of `{model.scores['dataset']}`, {model.scores['date'][:10]}, "
+        f"{model.scores['device']}, torch {model.scores['torch']}: `{model.scores['command']}`"
+    )
+    return [*_table(heading, rows), "", said]
+
+
+def updated(text: str, tables: dict[str, Callable[[], list[str]]], where: Path) -> str:
+    """`text` with every block filled anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        if match["name"] not in tables:
+            raise StaleError(f"{where}: unknown table {match['name']!r}; known: {', '.join(tables)}")
+        return match[1] + "\n".join(tables[match["name"]]()) + "\n" + match[3]
+
+    return _BLOCK.sub(fill, text)
+
+
+def documents(root: Path) -> dict[Path, str]:
+    """Each file with tables, and what it should say."""
+    readme = root / "README.md"
+    tables = {"models": lambda: models_table(root), "lmo": lambda: lmo_table(root)}
+    result = {readme: updated(readme.read_text(encoding="utf-8"), tables, readme)}
+    for model in bundled_models(root):
+        text = model.card.read_text(encoding="utf-8")
+        result[model.card] = updated(text, {"scores": lambda model=model: card_table(model)}, model.card)  # type: ignore[misc]
+        if "<!-- table: scores -->" not in text:
+            raise StaleError(f"{model.card}: no block `<!-- table: scores -->`")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is stale")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
+    options = parser.parse_args(arguments)
+    stale = False
+    try:
+        wanted = documents(options.root)
+    except StaleError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for path, text in wanted.items():
+        before = path.read_text(encoding="utf-8")
+        if text == before:
+            continue
+        if options.check:
+            stale = True
+            print(
+                "\n".join(
+                    difflib.unified_diff(
+                        before.splitlines(), text.splitlines(), "committed", "rebuilt", "", "", 0, ""
+                    )
+                )
+            )
+            print(f"{path}: stale; run `python tools/update_tables.py`", file=sys.stderr)
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"{path}: updated")
+    return int(stale)
+
+
+def _figures(scores: dict[str, Any], photos: int, source: str) -> list[str]:
+    return [str(photos), *_shown(scores), _number(scores.get("seconds"), "{:.3g}"), source]
+
+
+def _shown(scores: dict[str, Any]) -> list[str]:
+    formats = {"AR_MSSD": "{:.3f}", "AR_MSPD": "{:.3f}", "ADD(-S)": "{:.1%}", "found": "{:.1%}"}
+    return [_number(scores.get(key), form) for key, form in formats.items()]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _table(heading: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+if __name__ == "__main__":
+    sys.exit(main())
