@@ -3,8 +3,8 @@
 Poses are model-to-camera [N, 4, 4] (or one [4, 4]); lengths are in any one unit, in which the result comes
 out; pixels for projections; float64. Symmetries are [S, 4, 4] with the identity first: a point p of the
 object may as well lie at S p. References: Hodan et al., "BOP Challenge 2020 on 6D Object Localization"
-(MSSD, MSPD, VSD); Hinterstoisser et al., ACCV 2012 (ADD, ADI); Brachmann et al., CVPR 2016 (projection error);
-Shotton et al., CVPR 2013 (5 cm, 5 degrees).
+(MSSD, MSPD, VSD); Hinterstoisser et al., ACCV 2012 (ADD, ADI); Brachmann et al., CVPR 2016 (projection
+error); Shotton et al., CVPR 2013 (5 cm, 5 degrees).
 """
 
 from __future__ import annotations
