@@ -3,10 +3,13 @@
 `ms_deform_attn_torch` is the definition, in plain PyTorch, on any device and in any floating type; it is what
 torch.export and ONNX see. `ms_deform_attn` is the same function by the fastest path at hand.
 
-Names: B batch, S cells of all levels together, H heads, D channels a head, Q queries, L levels, P points a level.
+Names: B batch, S cells of all levels together, H heads, D channels a head, Q queries, L levels, P points of
+each level.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +21,51 @@ Shapes = tuple[tuple[int, int], ...]
 def ms_deform_attn(
     value: Tensor, spatial_shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
-    """Attend, for every query and head, to L*P bilinear samples of the levels. Returns [B, Q, H*D] in value's type.
+    """Attend, for every query and head, to L*P bilinear samples. Returns [B, Q, H*D] in value's type.
 
     value           [B, S, H, D]; the levels' cells one after another, row by row
     spatial_shapes  ((h, w), ...) of the L levels, Python integers
     reference       [B, Q, L, 2] point (x, y), or [B, Q, L, 4] box (cx, cy, w, h); 0..1 of the level's extent
     offsets         [B, Q, H, L, P, 2]; cells of the level for points, P-ths of half a box side for boxes
     logits          [B, Q, H, L, P]; softmaxed over L*P here
+
+    SMOPE_MSDA=auto takes the CUDA kernel where it can be had, =cuda insists on it for tensors on a GPU,
+    =torch never takes it. Exported graphs (torch.export, ONNX) hold the plain PyTorch definition.
     """
     check_arguments(value, spatial_shapes, reference, offsets, logits)
+    if value.device.type == "cuda" and not _exporting():
+        from smope.ops.library import ms_deform_attn_operator, offset_dtype
+
+        kind = offset_dtype(value.dtype, offsets.dtype, logits.dtype)
+        if _takes_kernel(value.shape[3], logits.shape[3], logits.shape[4], value.dtype, kind):
+            return ms_deform_attn_operator(value, spatial_shapes, reference, offsets, logits)
     return ms_deform_attn_torch(value, spatial_shapes, reference, offsets, logits)
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
+def _takes_kernel(head: int, levels: int, points: int, value: torch.dtype, offset: torch.dtype) -> bool:
+    mode = os.environ.get("SMOPE_MSDA", "auto")
+    if mode not in ("auto", "cuda", "torch"):
+        raise ValueError(f"SMOPE_MSDA={mode!r}: expected auto, cuda or torch")
+    if mode == "torch":
+        return False
+    from smope.ops.build import Kernel, KernelUnavailable, kernel_ready
+
+    kernel = Kernel(head, levels, points, value, offset)
+    if kernel.supported:
+        return kernel_ready(kernel, insist=mode == "cuda")
+    if mode == "cuda":
+        raise KernelUnavailable(
+            f"SMOPE_MSDA=cuda, but no kernel exists for {kernel}: expected a head size that is a multiple of "
+            "8 up to 128, at most 32 levels and float32, float16 or bfloat16; use SMOPE_MSDA=auto"
+        )
+    return False
+
+
+def _exporting() -> bool:
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return True
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 def ms_deform_attn_torch(
@@ -38,8 +76,12 @@ def ms_deform_attn_torch(
     locations = sampling_locations(
         spatial_shapes, reference.to(exact), offsets.to(exact)
     )  # [B, Q, H, L, P, 2]
-    weights = logits.to(exact).flatten(3).softmax(-1).view(logits.shape)  # [B, Q, H, L, P]
-    return ms_deform_attn_core(value, spatial_shapes, locations, weights)
+    return ms_deform_attn_core(value, spatial_shapes, locations, softmaxed(logits.to(exact)))
+
+
+def softmaxed(logits: Tensor) -> Tensor:
+    """Attention weights [B, Q, H, L, P], which sum to 1 over L*P."""
+    return logits.flatten(3).softmax(-1).view(logits.shape)
 
 
 def sampling_locations(spatial_shapes: Shapes, reference: Tensor, offsets: Tensor) -> Tensor:
@@ -55,8 +97,8 @@ def sampling_locations(spatial_shapes: Shapes, reference: Tensor, offsets: Tenso
 def ms_deform_attn_core(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of bilinear samples at ready locations. Returns [B, Q, H*D] in value's type.
 
-    value [B, S, H, D], locations [B, Q, H, L, P, 2] in 0..1 (a cell's centre lies half a cell inside its border;
-    zero outside the level), weights [B, Q, H, L, P].
+    value [B, S, H, D], locations [B, Q, H, L, P, 2] in 0..1 (a cell's centre lies half a cell inside its
+    border; zero outside the level), weights [B, Q, H, L, P].
     """
     batch, _, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
@@ -81,7 +123,7 @@ def ms_deform_attn_core(value: Tensor, spatial_shapes: Shapes, locations: Tensor
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
-    """Locations and sums are in fp32 whatever the value's type (16-bit locations cost 2 to 33 % of accuracy)."""
+    """Locations and sums are in fp32 whatever the value's type: 16-bit locations cost 2 to 33 %."""
     return torch.promote_types(value.dtype, torch.float32)
 
 

@@ -1,0 +1,249 @@
+"""Compiles the CUDA kernels of `smope/_ext` at their first use, and remembers how that went.
+
+One small library for each head size, level and point count and pair of types that a program asks for, and one
+binding to torch that they share; both are cached on disk per torch, CUDA and GPU architecture. A compile that
+fails is remembered too: it is told once, and the PyTorch path runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+SOURCES = Path(__file__).parents[1] / "_ext"
+_TYPES = {torch.float32: ("float", "f32"), torch.float16: ("F16", "f16"), torch.bfloat16: ("BF16", "bf16")}
+_SCALAR_TYPE = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
+_EFFECT = "Deformable attention runs on PyTorch's own operators, several times slower and with more memory."
+_results: dict[Kernel, bool] = {}
+_told: set[str] = set()
+_mutex = threading.RLock()
+
+
+class KernelUnavailable(RuntimeError):
+    """The CUDA kernel cannot be had, and the caller asked for nothing else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What a kernel library is compiled for."""
+
+    head: int
+    levels: int
+    points: int
+    value: torch.dtype
+    offset: torch.dtype
+
+    @property
+    def supported(self) -> bool:
+        known = self.value in _TYPES and self.offset in (torch.float32, self.value)
+        return (
+            known
+            and self.head % 8 == 0
+            and 8 <= self.head <= 128
+            and 1 <= self.levels <= 32
+            and self.points > 0
+        )
+
+    @property
+    def label(self) -> str:
+        types = f"{_TYPES[self.value][1]}_{_TYPES[self.offset][1]}"
+        return f"msda_d{self.head}_l{self.levels}_p{self.points}_{types}"
+
+    @property
+    def defines(self) -> list[str]:
+        return [
+            f"-DSMOPE_HEAD={self.head}",
+            f"-DSMOPE_LEVELS={self.levels}",
+            f"-DSMOPE_POINTS={self.points}",
+            f"-DSMOPE_VALUE={_TYPES[self.value][0]}",
+            f"-DSMOPE_OFFSET={_TYPES[self.offset][0]}",
+        ]
+
+
+def kernel_ready(kernel: Kernel, insist: bool = False) -> bool:
+    """Whether the kernel is loaded; compiles it at its first use. With `insist`, raise instead of False."""
+    known = _results.get(kernel)
+    if known or (known is False and not insist):
+        return known
+    with _mutex:
+        if _results.get(kernel):
+            return True
+        try:
+            _load_kernel(kernel, retry=insist)
+        except KernelUnavailable as error:
+            if insist:
+                raise
+            _tell_once(str(error))
+            _results[kernel] = False
+        else:
+            _results[kernel] = True
+        return _results[kernel]
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $SMOPE_CACHE/kernels, else the user's cache folder."""
+    own = os.environ.get("SMOPE_CACHE")
+    users = os.environ.get("XDG_CACHE_HOME")
+    home = Path(own) if own else (Path(users) if users else Path.home() / ".cache") / "smope"
+    return home / "kernels"
+
+
+def status() -> dict[str, str]:
+    """Kernel status in words, for `smope info`. Compiles nothing."""
+    folder = cache_folder()
+    built = sorted(p.parent.name for p in folder.glob("*/*.so")) if folder.is_dir() else []
+    failed = sorted(p.parent.name for p in folder.glob("*/failed.json")) if folder.is_dir() else []
+    return {
+        "path": os.environ.get("SMOPE_MSDA", "auto"),
+        "compiler": _nvcc() or "no nvcc found: the PyTorch path runs",
+        "cache": str(folder),
+        "compiled": ", ".join(built) or "none yet",
+        "failed": ", ".join(failed) or "none",
+        "loaded": ", ".join(kernel.label for kernel, fine in _results.items() if fine)
+        or "none in this process",
+    }
+
+
+def _nvcc() -> str | None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    beside = Path(CUDA_HOME) / "bin" / "nvcc" if CUDA_HOME else None
+    return str(beside) if beside and beside.exists() else shutil.which("nvcc")
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        logger.warning(message)
+
+
+def _architectures() -> list[str]:
+    """Of all visible GPUs, for example ["90"]."""
+    devices = range(torch.cuda.device_count())
+    return sorted({"{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
+
+
+def _load_kernel(kernel: Kernel, retry: bool) -> None:
+    binding = _load_binding(retry)
+    sources = [SOURCES / "ms_deform_attn.cu", SOURCES / "ms_deform_attn.cuh"]
+    flags = [*kernel.defines, "-O3", "--expt-relaxed-constexpr"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in _architectures()]
+    library = ctypes.CDLL(str(_compiled(kernel.label, sources, flags, retry)))
+    functions = (library.smope_msda_forward, library.smope_msda_backward)
+    entries = [ctypes.cast(function, ctypes.c_void_p) for function in functions]
+    types = (_SCALAR_TYPE[kernel.value], _SCALAR_TYPE[kernel.offset])
+    binding.smope_register(kernel.head, kernel.levels, kernel.points, *types, *entries)
+
+
+@functools.cache
+def _load_binding(retry: bool) -> ctypes.CDLL:
+    import smope.ops.library  # noqa: F401  # the schemas that the binding implements
+
+    return ctypes.CDLL(str(_compiled("msda_binding", [SOURCES / "binding.cpp"], ["-O2"], retry)))
+
+
+def _compiled(label: str, sources: list[Path], flags: list[str], retry: bool) -> Path:
+    """The shared library of the first of `sources`, compiled unless cached, and loaded."""
+    from torch.utils import cpp_extension
+
+    if _nvcc() is None or cpp_extension.CUDA_HOME is None:
+        raise KernelUnavailable(
+            f"smope: no CUDA compiler (nvcc) was found. {_EFFECT} Remedy: install the CUDA toolkit of "
+            f"torch's CUDA version ({torch.version.cuda}) and name its folder in CUDA_HOME, or set "
+            "SMOPE_MSDA=torch to hide this note."
+        )
+    digest = hashlib.sha256(" ".join([*flags, torch.__version__, _nvcc() or ""]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    place = f"torch{torch.__version__}_cu{torch.version.cuda}_sm{'_'.join(_architectures())}"
+    name = re.sub(r"\W", "_", f"smope_{label}_{place}_{digest.hexdigest()[:8]}")
+    folder = cache_folder() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    target, failure = folder / f"{name}.so", folder / "failed.json"
+    with _exclusive(folder / "owner.lock", label):
+        if failure.exists() and not retry:
+            raise KernelUnavailable(json.loads(failure.read_text())["message"])
+        failure.unlink(missing_ok=True)
+        # We alone hold the folder: a lock file of torch's in it was left by a compile that was killed.
+        (folder / "lock").unlink(missing_ok=True)
+        cuda = sources[0].suffix == ".cu"
+        try:
+            with _progress(label, quiet=target.exists()):
+                cpp_extension.load(
+                    name,
+                    [str(sources[0])],
+                    extra_cflags=None if cuda else flags,
+                    extra_cuda_cflags=flags if cuda else None,
+                    build_directory=str(folder),
+                    with_cuda=True,
+                    is_python_module=False,
+                )
+        except (RuntimeError, OSError, ImportError) as error:
+            message = _failure_message(label, error, failure)
+            failure.write_text(json.dumps({"message": message, "log": str(error)}, indent=1))
+            raise KernelUnavailable(message) from error
+    return target
+
+
+def _failure_message(label: str, error: BaseException, record: Path) -> str:
+    lines = [
+        line.strip() for line in str(error).splitlines() if re.search(r"error|not found|mismatch", line, re.I)
+    ]
+    cause = (lines or str(error).splitlines() or [type(error).__name__])[-1 if len(lines) < 2 else 1][:300]
+    return (
+        f"smope: the CUDA kernel {label} could not be compiled ({cause}). {_EFFECT} Remedy: a C++ compiler "
+        f"and a CUDA toolkit that match torch (CUDA {torch.version.cuda}); the compiler's output is in "
+        f"{record}. Set SMOPE_MSDA=cuda to try again, or SMOPE_MSDA=torch to hide this note."
+    )
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path, label: str) -> Iterator[None]:
+    """Holds a lock that the system frees even if this process is killed, so that ranks compile once."""
+    import fcntl
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("smope: another process compiles %s; waiting for it", label)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _progress(label: str, quiet: bool) -> Iterator[None]:
+    """One line at the start of a compile, and a note every 15 seconds."""
+    if quiet:
+        yield
+        return
+    logger.warning("smope: compiling the CUDA kernel %s, once for this machine (up to about a minute)", label)
+    begin, finished = time.monotonic(), threading.Event()
+
+    def note() -> None:
+        while not finished.wait(15):
+            logger.info("smope: still compiling %s, %.0f s", label, time.monotonic() - begin)
+
+    watcher = threading.Thread(target=note, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+    logger.info("smope: compiled %s in %.0f s", label, time.monotonic() - begin)
