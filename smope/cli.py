@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -173,70 +173,81 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Fit:
-    """Train from a recipe."""
+    """Train from a recipe. Ctrl-C saves, and --resume goes on; under torchrun: torchrun -m smope fit ..."""
 
     recipe: Positional[Path]
     """A TOML file, such as recipes/lmo.toml."""
     out: Path = Path("runs/fit")
     """Folder of the run: checkpoints, curves, the model."""
-    init: str | None = None
-    """Start from these weights: a bundled name, a folder, or a small checkpoint."""
-    max_minutes: float | None = None
-    """Length of the whole run, over all its pieces; the recipe's where not given."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`."""
+    """Go on from the newest checkpoint in the folder of the run."""
+    init: str | None = None
+    """Start from these weights: a bundled name, a folder, or a checkpoint."""
+    continue_schedule: bool = False
+    """With --init of a small checkpoint: the run stands where that one stood."""
+    assets: Path | None = None
+    """What `smope scenes prepare` wrote, in place of the recipe's."""
+    backbone: Path | None = None
+    """ImageNet weights of the backbone, in place of the recipe's."""
+    max_minutes: float | None = None
+    """Length of the whole run, over all its pieces, in place of the recipe's."""
+    piece_minutes: float | None = None
+    """Stop after so long, for a later --resume."""
+    batch_size: int | None = None
+    """Images a step and process, in place of the recipe's."""
+    workers: int | None = None
+    """Rendering processes, in place of the recipe's."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; a GPU where there is one."""
 
     def run(self) -> None:
         from smope.train.fit import fit
 
-        fit(
-            recipe=self.recipe,
-            out=self.out,
-            init=self.init,
-            max_minutes=self.max_minutes,
-            resume=self.resume,
-            device=self.device,
-        )
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        print(f"the model is in {fit(**options)}")
 
 
 @dataclass(frozen=True)
 class Preview:
     """A sheet of synthetic scenes with boxes and axes."""
 
-    meshes: tuple[Path, ...]
+    meshes: tuple[Path, ...] | None = None
     """Mesh files, or folders of them."""
-    units: Units
-    """Of the meshes."""
+    units: Units | None = None
+    """Of the meshes; required with them."""
     clutter: Path | None = None
     """Folder of other meshes, in metres."""
     backgrounds: Path | None = None
     """Folder of photos, with environment maps in hdri/ if there are any."""
+    assets: Path | None = None
+    """What `smope scenes prepare` wrote, in place of meshes, clutter and backgrounds."""
     count: int = 12
     """Scenes on the sheet."""
     seed: int = 0
+    """Other seeds give other scenes."""
     out: Path = Path("scenes.png")
     """Where the sheet goes."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; a GPU where there is one."""
 
     def run(self) -> None:
-        from smope.scenes.config import SceneConfig
+        from smope.scenes.assets import SceneAssets, build_assets
         from smope.scenes.preview import preview_sheet
         from smope.scenes.stream import SceneStream
 
-        stream = SceneStream(
-            load_objects(self.meshes, self.units),
-            clutter_files(self.clutter),
-            self.backgrounds,
-            config=SceneConfig(),
-            seed=self.seed,
-            workers=0,
-            device=_device(self.device),
-            batch_size=min(self.count, 8),
-        )
-        sheet = preview_sheet(stream, self.count)
+        if (self.meshes is None) == (self.assets is None):
+            raise UsageError("pass --meshes with --units, or --assets")
+        if self.meshes is None:
+            assets = SceneAssets.load(str(self.assets))
+        else:
+            assets = build_assets(
+                load_objects(self.meshes, self.units), clutter_files(self.clutter), self.backgrounds
+            )
+        batch_size = min(self.count, 4)
+        with SceneStream(
+            (), assets=assets, seed=self.seed, device=_device(self.device), batch_size=batch_size
+        ) as stream:
+            sheet = preview_sheet(stream, self.count, columns=min(self.count, 3))
         with atomic_path(self.out) as temporary:
             sheet.save(temporary)
         print(f"{self.count} scenes drawn to {self.out}")
@@ -389,9 +400,12 @@ def mesh_files(paths: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def load_objects(paths: Sequence[Path], units: Units) -> list[ObjectModel]:
+def load_objects(paths: Sequence[Path], units: Units | None) -> list[ObjectModel]:
+    """The meshes of files and folders."""
     from smope.objects import ObjectModel
 
+    if units is None:
+        raise UsageError("--units of the meshes is missing: m, cm, mm or in")
     return [ObjectModel.from_mesh(name, path, units) for name, path in mesh_files(paths).items()]
 
 

@@ -16,13 +16,12 @@ def describe_installation() -> dict[str, str]:
     """Fact -> value, in the order of reading."""
     import torch
     from huggingface_hub import constants
-    from torch.utils.cpp_extension import get_default_build_root
 
     import smope
     from smope import hub
     from smope.ops import build
 
-    facts = {
+    return {
         "smope": f"{smope.__version__} ({Path(smope.__file__).parent})",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
@@ -31,12 +30,10 @@ def describe_installation() -> dict[str, str]:
         "devices": ", ".join(["cpu", *_gpus()]),
         "g++": _first_line([os.environ.get("CXX", "g++"), "--version"]),
         "nvcc": _last_line(["nvcc", "--version"]),
-        "kernel": str(build.status()),
+        **{f"kernel, {name}": value for name, value in build.status().items()},
         "bundled models": ", ".join(hub.bundled_names()) or "none",
-        "kernel cache": os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(),
         "model cache": str(constants.HF_HUB_CACHE),
     }
-    return facts
 
 
 def _gpus() -> list[str]:
