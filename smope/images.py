@@ -20,8 +20,8 @@ def load_image(source: Any) -> Tensor:
     """uint8 [3, H, W] RGB, contiguous, on the CPU.
 
     `source` is a path or a PIL image (any mode; EXIF orientation applied, 16-bit grey scaled to 8,
-    transparency laid over white), an array [H, W, 3], [H, W, 4] or [H, W] of uint8 or uint16, or a tensor [3, H, W] or
-    [1, H, W], uint8 or float in 0..1.
+    transparency laid over white), an array [H, W, 3], [H, W, 4] or [H, W] of uint8 or uint16, or a
+    tensor [3, H, W] or [1, H, W], uint8 or float in 0..1.
     """
     if isinstance(source, str | Path):
         path = Path(source)

@@ -118,7 +118,8 @@ def _read(source: Any, name: str) -> list[trimesh.Trimesh]:
         pairs = zip(source.verts_list(), source.faces_list(), strict=True)
         return [_from_arrays(v.detach().cpu(), f.detach().cpu(), name) for v, f in pairs if len(f)]
     if isinstance(source, Sequence) and len(source) == 2:
-        return [_from_arrays(*source, name)] if len(source[1]) else []
+        vertices, faces = source
+        return [_from_arrays(vertices, faces, name)] if len(faces) else []
     raise MeshError(
         f"{name}: {type(source).__name__} given; a path, a trimesh mesh or scene, (vertices, faces) "
         "or a PyTorch3D Meshes expected"

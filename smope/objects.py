@@ -139,7 +139,7 @@ class ObjectModel:
             centre=_float((low + high) / 2),
             extents=_float(high - low),
             diameter=size,
-            symmetries=_resolve_symmetries(name, symmetries, units, _float(surface.points), size),
+            symmetries=_resolve_symmetries(name, symmetries, units, mesh, _float(surface.points), size),
             mesh=mesh,
         )
 
@@ -185,18 +185,23 @@ class ObjectModel:
 
 
 def _resolve_symmetries(
-    name: str, given: Symmetries | Mapping[str, Any] | str | None, units: str, points: Tensor, size: float
+    name: str,
+    given: Symmetries | Mapping[str, Any] | str | None,
+    units: str,
+    mesh: trimesh.Trimesh,
+    points: Tensor,
+    size: float,
 ) -> Symmetries:
     if given is None:
         return Symmetries.none()
     if isinstance(given, str):
         if given != "auto":
             raise SymmetryError(f'{name}: symmetries={given!r} given; None, "auto" or the BOP form expected')
-        from smope.symmetry_search import find_symmetries
+        from smope.symmetry_search import find_symmetries, symmetries_of
 
-        found = find_symmetries(points, size)
-        log.info("%s: symmetries found: %s", name, found)
-        return found
+        axes = find_symmetries(mesh, size)
+        log.info("%s: symmetries found: %s", name, "; ".join(map(str, axes)) or "none")
+        return symmetries_of(axes)
     symmetries = given if isinstance(given, Symmetries) else Symmetries.from_bop(given, units)
     for index, transform in enumerate(symmetries.transforms(step_deg=45.0)):
         moved = points @ transform[:3, :3].T + transform[:3, 3]

@@ -7,7 +7,7 @@ from the hits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,28 +29,43 @@ class SurfacePoints(NamedTuple):
     colors: Floats | None  # [P, 3] sRGB 0..1
 
 
+class Hits(NamedTuple):
+    points: Floats  # [N, 3] in the mesh's unit
+    normals: Floats  # [N, 3] of the faces
+    faces: Ints  # [N]
+    weights: Floats  # [N, 3] barycentric
+
+
 def sample_surface(mesh: trimesh.Trimesh, diameter: float, count: int = POINTS) -> SurfacePoints:
     """`count` points in farthest-point order: for every k, the first k cover the whole surface evenly."""
+    hits = pierce_surface(mesh, diameter, max(CANDIDATES, 8 * count))
+    chosen = farthest_points(hits.points / diameter, count)
+    normals = _smooth_normals(hits.points / diameter, hits.normals, chosen)
+    colours = None
+    visual: Any = mesh.visual
+    if visual.kind == "vertex":
+        corners = np.asarray(visual.vertex_colors, dtype=np.float64)[mesh.faces[hits.faces[chosen]], :3] / 255
+        colours = np.einsum("nk,nkc->nc", hits.weights[chosen], corners)
+    return SurfacePoints(hits.points[chosen], normals, colours)
+
+
+def pierce_surface(mesh: trimesh.Trimesh, diameter: float, count: int) -> Hits:
+    """About `count` points, as many on every patch as its area says, in an order the surface alone sets."""
     triangles = np.asarray(mesh.triangles, dtype=np.float64)
     low = triangles.min(axis=(0, 1))
     shape = (triangles - low) / diameter  # the same for every unit and origin
     crosses = np.cross(shape[:, 1] - shape[:, 0], shape[:, 2] - shape[:, 0])
     lengths = np.linalg.norm(crosses, axis=1)
-    face_normals = crosses / np.maximum(lengths, 1e-300)[:, None]
+    normals = crosses / np.maximum(lengths, 1e-300)[:, None]
 
-    spacing = float(np.sqrt(lengths.sum() / 2 / max(CANDIDATES, 8 * count)))
-    faces, weights = _pierce(shape, face_normals, spacing)
-    while len(faces) < 2 * count:
+    spacing = float(np.sqrt(lengths.sum() / 2 / count))
+    faces, weights = _pierce(shape, normals, spacing)
+    while len(faces) < count / 4:  # all but lost between the lines
         spacing *= 0.7
-        faces, weights = _pierce(shape, face_normals, spacing)
-    hits = np.einsum("nk,nkd->nd", weights, shape[faces])
-    chosen = farthest_points(hits, count)
-    normals = _smooth_normals(hits, face_normals[faces], chosen)
-    colours = None
-    if mesh.visual.kind == "vertex":
-        corners = np.asarray(mesh.visual.vertex_colors, dtype=np.float64)[mesh.faces[faces[chosen]], :3] / 255
-        colours = np.einsum("nk,nkc->nc", weights[chosen], corners)
-    return SurfacePoints(hits[chosen] * diameter + low, normals, colours)
+        faces, weights = _pierce(shape, normals, spacing)
+    return Hits(
+        np.einsum("nk,nkd->nd", weights, shape[faces]) * diameter + low, normals[faces], faces, weights
+    )
 
 
 def farthest_points(points: Floats, count: int) -> Ints:

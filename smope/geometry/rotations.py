@@ -27,7 +27,7 @@ def rotation_onto_ray(ray: Tensor) -> Tensor:
     """The smallest rotation that takes the optical axis [0, 0, 1] onto `ray` [..., 3] -> [..., 3, 3].
 
     With the unit ray (x, y, z) and a = 1 / (1 + z), Rodrigues' formula for the axis (-y, x, 0) becomes the
-    matrix below. The ray must not point straight backwards, where no smallest rotation exists; nothing seen does.
+    matrix below. The ray must not point straight backwards, where no rotation is the smallest.
     """
     x, y, z = F.normalize(ray, dim=-1).unbind(-1)
     a = 1 / (1 + z)
@@ -57,7 +57,7 @@ def geodesic_angle(a: Tensor, b: Tensor) -> Tensor:
 
     For the rotation m between them, the sine is half the length of (m32 - m23, m13 - m31, m21 - m12) and the
     cosine is (trace - 1) / 2. Their atan2 is exact near 0 and near pi, where the arccosine of the trace alone
-    loses half its digits, and its gradient is finite everywhere (0 at the two ends, where it has no direction).
+    loses half its digits, and its gradient is finite everywhere (0 at both ends, where it has no direction).
     """
     m = a.transpose(-1, -2) @ b
     turn = torch.stack(

@@ -26,7 +26,7 @@ def closest_symmetric(
     """The pose [N, 4, 4] among T_gt @ S nearest to the prediction by mean squared model-point distance.
 
     R_pred [N, 3, 3], t_pred [N, 3], T_gt [N, 4, 4], sym_transforms [N, T, 4, 4], sym_mask [N, T] (True where
-    a transform counts), points [N, P, 3] in the object's frame. It is a choice, so no gradient passes through.
+    a transform counts), points [N, P, 3] in the object's frame. A choice: no gradient passes through.
 
     The points enter by their mean and second moments alone, so memory does not grow with T times P: with
     D = [R_pred - R_k | t_pred - t_k] and homogeneous x, mean |D x|^2 = trace(D (mean x x^T) D^T).
