@@ -1,7 +1,7 @@
 """Checkpoints that a kill cannot tear.
 
-The full form (`checkpoint.pt`) holds all that a killed run needs to go on as if nothing had been. The small form
-(safetensors, fp16) holds the averaged weights alone, to start from elsewhere; it may be split in parts.
+The full form (`checkpoint.pt`) holds all that a killed run needs to go on as if nothing had been. The small
+form (safetensors, fp16) holds the averaged weights alone, to start from elsewhere; it may be split in parts.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -122,9 +122,9 @@ def save_small(
     max_part_mib: float | None = None,
     note: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write the weights as fp16 safetensors to `path`, or to `<stem>-1-of-3<suffix>` and so on where they are split.
+    """Write the weights as fp16 safetensors to `path`, or to `<stem>-1-of-3<suffix>` ... if split.
 
-    Whole-number entries keep their type. Returns the files; those of an earlier save under the same name are gone.
+    Whole-number entries keep their type. Returns the files; an earlier save under the same name is gone.
     """
     small = {
         name: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()

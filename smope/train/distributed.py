@@ -28,8 +28,8 @@ class Ranks:
     def agree(self, progress: float, stop: bool) -> tuple[float, bool]:
         """The first process's progress, and whether any process wants to stop.
 
-        Each process steps its own optimiser, so all need the same learning rate at the same step, and all must
-        leave the loop at the same step or the last ones would wait for ever.
+        Each process steps its own optimiser, so all need the same learning rate at the same step, and all
+        must leave the loop at the same step or the last ones would wait for ever.
         """
         if self.world == 1:
             return progress, stop

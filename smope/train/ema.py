@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class Ema:
     """Exponential moving average of a model's parameters, kept on the model's device.
 
-    Buffers (the running statistics of batch norms) are averages already and are copied. The decay rises from 0.1
-    towards `decay` in the first steps, so that the random start is soon forgotten.
+    Buffers (the running statistics of batch norms) are averages already and are copied. The decay rises from
+    0.1 towards `decay` in the first steps, so that the random start is soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -65,7 +65,7 @@ class LoopResult:
 
 
 class _Step(nn.Module):
-    """Model and task as one module: distributed training hooks into its forward, which returns the plain loss."""
+    """Model and task as one module: distributed training hooks into its forward, which returns the loss."""
 
     def __init__(self, model: nn.Module, task: Task, amp: bool, device: torch.device) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Loop:
             self.optimiser.load_state_dict(content["optimiser"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{self.out / CHECKPOINT}: was written by another network or optimiser than the recipe asks for "
+                f"{self.out / CHECKPOINT}: was written by another network or optimiser than this one "
                 f"({error}); give the recipe of that run, or another `out`"
             ) from error
         state = dict(content["state"])

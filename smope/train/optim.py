@@ -1,4 +1,4 @@
-"""AdamW with the parameter groups of a detector, and a step that is left out when a gradient is not finite."""
+"""AdamW with a detector's parameter groups, and a step that is left out when a gradient is not finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNDECAYED_NAMES = ("embed", "token", "query")
 
 
 def _is_decayed(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:
-    # Norms and biases are vectors. Embeddings are looked up and not multiplied with, so decay only shrinks them.
+    # Norms and biases are vectors. Embeddings are looked up and not multiplied with, so decay is no use.
     if parameter.ndim <= 1 or isinstance(owner, nn.Embedding):
         return False
     return not any(part in leaf for part in _UNDECAYED_NAMES)
@@ -30,7 +30,7 @@ def _scale_of(name: str, scales: Mapping[str, float]) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
-    """One group for every pair of (learning-rate scale, weight decay), in the order of the model's parameters.
+    """One group for every pair of (learning-rate scale, weight decay), in the model's own order.
 
     A key of `config.lr_scale` holds for each parameter that has it as one of the dotted parts of its name.
     """
@@ -55,8 +55,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
 class GuardedAdamW:
     """Clips, checks and steps without a value coming to the host.
 
-    A step whose gradient norm is not finite changes nothing: neither weights, moments nor the running statistics
-    of batch norms, which the bad forward pass has already touched.
+    A step whose gradient norm is not finite changes nothing: neither weights, moments nor the running
+    statistics of batch norms, which the bad forward pass has already touched.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:

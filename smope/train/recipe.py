@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +14,17 @@ from smope.config import ConfigError, from_json
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learned from. Relative paths count from the folder in which the run is started."""
+    """What is learned from.
+
+    Paths may hold environment variables ($SMOPE_DATA/...); relative ones count from where the run starts.
+    """
 
     meshes: Mapping[str, str] = field(default_factory=dict)  # object name -> mesh file
     units: str = "m"  # of the meshes: m, cm, mm or in
     symmetries: str | None = None  # "auto", or a models_info.json
-    assets: str | None = None  # clutter, backgrounds and environment maps in one file of `smope.scenes`
-    clutter: str | None = None  # folder with index.json, where there is no assets file
-    backgrounds: str | None = None  # folder of photos and hdri/, where there is no assets file
+    assets: str | None = None  # scene assets in one file; made from the next two where it does not exist
+    clutter: str | None = None  # folder of PLY meshes in metres, with index.json
+    backgrounds: str | None = None  # folder of photos and hdri/
     backbone: str | None = None  # safetensors of pretrained backbone weights
 
 
@@ -66,7 +70,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. Scenes, network and loss keep their tables here; their own dataclasses read them in `fit`."""
+    """A whole run. Scenes, network and loss stay tables here; `fit` reads them into their dataclasses."""
 
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -74,6 +78,16 @@ class Recipe:
     scenes: Mapping[str, Any] = field(default_factory=dict)
     network: Mapping[str, Any] = field(default_factory=dict)
     loss: Mapping[str, Any] = field(default_factory=dict)
+
+
+def expand(path: str) -> Path:
+    """A recipe's path with its environment variables filled in."""
+    filled = os.path.expandvars(path)
+    if "$" in filled:
+        raise ConfigError(
+            f"{path}: an environment variable in it is not set; set it to the folder it stands for"
+        )
+    return Path(filled)
 
 
 def load_recipe(path: str | Path) -> Recipe:

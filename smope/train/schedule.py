@@ -1,7 +1,7 @@
 """How far a run has come, and what learning rate goes with it.
 
-A budget may be given in steps or in minutes. Minutes drive the schedule by the clock, so that a run of a given
-length anneals to its end on any machine, also when it is done in several pieces.
+A budget may be given in steps or in minutes. Minutes drive the schedule by the clock, so that a run of a
+given length anneals to its end on any machine, also when it is done in several pieces.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Budget:
 class Schedule:
     """Warm-up over steps, then flat, then annealed over the rest of the budget.
 
-    Warm-up counts steps and not progress: it is there for Adam's second moments, which need a number of gradients
-    and not a share of the run.
+    Warm-up counts steps and not progress: it is there for Adam's second moments, which need a number of
+    gradients and not a share of the run.
     """
 
     warmup_steps: int = 500
@@ -53,7 +53,7 @@ class Schedule:
             raise ValueError(f"flat_until: {self.flat_until} given, a share of the run in 0..1 expected")
 
     def factor(self, warm_steps: int, progress: float) -> float:
-        """What to multiply the learning rate with; `warm_steps` counts the optimiser's steps since it was fresh."""
+        """What to multiply the learning rate with; `warm_steps` are the optimiser's since it was fresh."""
         warmup = min(1.0, (warm_steps + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
         if progress <= self.flat_until:
             return warmup

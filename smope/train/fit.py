@@ -1,0 +1,322 @@
+"""`fit`: meshes and a recipe in, a folder with a trained model out.
+
+Meshes -> objects -> source (rendered scenes or a data set) -> loop(network, objective) -> model folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smope.config import ConfigError, ModelConfig, from_json, to_json
+from smope.data.items import Batch
+from smope.data.records import Record
+from smope.files import write_atomically
+from smope.model import SMOPE
+from smope.networks.backbone import load_imagenet_weights
+from smope.networks.smope_s import SmopeS, SmopeSConfig
+from smope.objects import ObjectModel
+from smope.scenes.assets import SceneAssets, build_assets
+from smope.scenes.config import SceneConfig
+from smope.train.checkpoint import load_checkpoint, load_small, small_files
+from smope.train.distributed import Ranks, joined
+from smope.train.held_out import HeldOut
+from smope.train.loop import CHECKPOINT, SMALL, Loop, LoopResult, LoopState
+from smope.train.objective import LossConfig, Objective
+from smope.train.preview import draw_truth
+from smope.train.recipe import DataConfig, Recipe, expand, load_recipe
+from smope.train.sources import Source, record_source, scene_source
+
+log = logging.getLogger(__name__)
+
+MODEL, FIRST_BATCH, SCORES = "model", "first_batch.jpg", "held_out_scores.json"
+
+
+class PoseTask:
+    """What the loop trains: the default network with its objective, scored on held-out images."""
+
+    def __init__(self, objects: Sequence[ObjectModel], config: LossConfig, held_out: Sequence[Batch]) -> None:
+        self.objective = Objective(objects, config)
+        self.judge = HeldOut(objects, held_out) if held_out else None
+
+    def step(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert isinstance(model, SmopeS)
+        return self.objective(model, batch)
+
+    def evaluate(self, model: nn.Module) -> Mapping[str, float]:
+        assert isinstance(model, SmopeS)
+        return self.judge.scores(model) if self.judge else {}
+
+
+def fit(
+    meshes: Mapping[str, Any] | Sequence[ObjectModel] | None = None,
+    units: str | None = None,
+    scenes: SceneConfig | None = None,
+    dataset: Sequence[Record] | None = None,
+    init: str | Path | None = None,
+    out: str | Path = "runs/fit",
+    max_minutes: float | None = None,
+    resume: bool = False,
+    recipe: str | Path | Recipe | None = None,
+    assets: str | Path | SceneAssets | None = None,
+    symmetries: Mapping[str, Any] | str | None = None,
+    backbone: str | Path | None = None,
+    continue_schedule: bool = False,
+    device: torch.device | str | None = None,
+    **run_options: Any,
+) -> Path:
+    """Train a model for these meshes; returns the folder of the model, for `SMOPE.from_pretrained`.
+
+    `meshes` {name: mesh} with their `units` (or ready objects), by default those of the recipe. Images are
+    rendered from the meshes (`scenes` says how they look, `assets` is the file of clutter and backgrounds),
+    or come from `dataset`, the records of a reader in `smope.data`. `recipe` is a TOML file; arguments go
+    before it, `run_options` are keys of its section [run]. `init` gives weights to start from: a model, a
+    full checkpoint, or a small one; with `continue_schedule` the run also stands where that small checkpoint
+    stood. `backbone` is a file of ImageNet weights, used where there is no `init`.
+
+    A run that was killed, interrupted, or ended after `piece_minutes` goes on with `resume=True`, on the same
+    data and schedule. Under `torchrun` every process renders its own scenes; the first one writes.
+    """
+    plan = _planned(recipe, max_minutes, run_options)
+    with joined(device) as ranks:
+        objects = objects_of(meshes, units, symmetries, plan.data)
+        source, scene_config = _source(objects, scenes, dataset, assets, plan, ranks)
+        network_config = from_json(SmopeSConfig, plan.network, "network")
+        # The same start in every process, whatever was drawn before.
+        torch.manual_seed(plan.run.seed)
+        network = SmopeS(network_config)
+        loop = Loop(
+            network,
+            PoseTask(objects, from_json(LossConfig, plan.loss, "loss"), source.held_out),
+            source.stream,
+            plan.optim,
+            plan.run,
+            Path(out),
+            ranks,
+            _about(plan, objects, network, scene_config),
+            lambda batch: _show(batch, objects, Path(out)),
+        )
+        pretrained = backbone or (expand(plan.data.backbone) if plan.data.backbone else None)
+        _begin(loop, init, pretrained, resume, continue_schedule)
+        result = loop.run()
+        folder = Path(out) / MODEL
+        if ranks.is_main:
+            _save_model(folder, loop, objects, source, result)
+    return folder
+
+
+def objects_of(
+    meshes: Mapping[str, Any] | Sequence[ObjectModel] | None,
+    units: str | None,
+    symmetries: Mapping[str, Any] | str | None,
+    data: DataConfig,
+) -> list[ObjectModel]:
+    """The objects to learn, from the arguments or else from the recipe's section [data]."""
+    if meshes is None:
+        if not data.meshes:
+            raise ConfigError(
+                'no meshes: pass meshes={name: mesh} and units="mm", or name them in [data.meshes]'
+            )
+        meshes = {name: expand(mesh) for name, mesh in data.meshes.items()}
+        units = units or data.units
+        symmetries = symmetries or _read_symmetries(data)
+    if not isinstance(meshes, Mapping):
+        return list(meshes)
+    if units is None:
+        raise ConfigError('meshes need their units: pass units="m", "cm", "mm" or "in"')
+    return [
+        ObjectModel.from_mesh(
+            name, mesh, units, symmetries.get(name) if isinstance(symmetries, Mapping) else symmetries
+        )
+        for name, mesh in meshes.items()
+    ]
+
+
+def _read_symmetries(data: DataConfig) -> Mapping[str, Any] | str | None:
+    """The word "auto", or the entries of a models_info.json by name, for mesh files obj_000001.ply and so on."""
+    if data.symmetries is None or data.symmetries == "auto":
+        return data.symmetries
+    try:
+        entries = json.loads(expand(data.symmetries).read_text(encoding="utf-8"))
+        ids = {name: str(int(Path(mesh).stem.removeprefix("obj_"))) for name, mesh in data.meshes.items()}
+        return {name: entries[number] for name, number in ids.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f'data.symmetries: {data.symmetries} given; "auto", or a models_info.json with an entry for every '
+            f"mesh file obj_NNNNNN expected ({error})"
+        ) from error
+
+
+def _planned(
+    recipe: str | Path | Recipe | None, max_minutes: float | None, run_options: Mapping[str, Any]
+) -> Recipe:
+    plan = recipe if isinstance(recipe, Recipe) else Recipe() if recipe is None else load_recipe(recipe)
+    given = {key: value for key, value in run_options.items() if value is not None}
+    if max_minutes is not None:
+        given["max_minutes"] = max_minutes
+    run = from_json(type(plan.run), {**to_json(plan.run), **given}, "run")
+    if run.max_minutes is None and run.max_steps is None:
+        raise ConfigError("a run needs an end: pass max_minutes (or max_steps), or set it in [run]")
+    return replace(plan, run=run)
+
+
+def _source(
+    objects: Sequence[ObjectModel],
+    scenes: SceneConfig | None,
+    dataset: Sequence[Record] | None,
+    assets: str | Path | SceneAssets | None,
+    plan: Recipe,
+    ranks: Ranks,
+) -> tuple[Source, SceneConfig | None]:
+    if dataset is not None:
+        if scenes is not None:
+            raise ConfigError("both scenes and dataset given; a run learns from one of them")
+        return record_source(objects, dataset, plan.run, ranks.device, ranks.rank), None
+    config = scenes or from_json(SceneConfig, plan.scenes, "scenes")
+    ready = _assets(objects, assets, plan.data, ranks)
+    return scene_source(objects, ready, config, plan.run, ranks.device, ranks.rank), config
+
+
+def _assets(
+    objects: Sequence[ObjectModel], assets: str | Path | SceneAssets | None, data: DataConfig, ranks: Ranks
+) -> SceneAssets:
+    """The given assets, those of a file, or new ones, which are put into the file if one is named."""
+    if isinstance(assets, SceneAssets):
+        return _in_order(assets, objects)
+    file = Path(assets) if assets is not None else expand(data.assets) if data.assets else None
+    if file is not None and file.exists():
+        return _in_order(SceneAssets.load(file), objects)
+    clutter = sorted(expand(data.clutter).rglob("*.ply")) if data.clutter else []
+    if assets is not None and not (clutter or data.backgrounds):
+        raise ConfigError(f"assets: {file} does not exist, and the recipe names no folders to make it from")
+    # One process prepares, then the others read or, without a file, prepare the same for themselves.
+    ready = None
+    for turn in (True, False):
+        if ranks.is_main is turn:
+            if file is not None and file.exists():
+                ready = _in_order(SceneAssets.load(file), objects)
+            else:
+                log.info(
+                    "preparing %d objects and a choice of %d other meshes to render",
+                    len(objects),
+                    len(clutter),
+                )
+                ready = build_assets(objects, clutter, expand(data.backgrounds) if data.backgrounds else None)
+                if file is not None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    ready.save(file)
+        ranks.same_for_all(0)
+    assert ready is not None
+    return ready
+
+
+def _in_order(assets: SceneAssets, objects: Sequence[ObjectModel]) -> SceneAssets:
+    """Labels follow the objects' order, whatever order the file has them in."""
+    stored = {mesh.name: mesh for mesh in assets.targets}
+    if missing := [model.name for model in objects if model.name not in stored]:
+        raise ConfigError(
+            f"the scene assets hold {', '.join(stored) or 'no objects'}, but not {', '.join(missing)}; "
+            "prepare them anew with these meshes"
+        )
+    return replace(assets, targets=tuple(stored[model.name] for model in objects))
+
+
+def _begin(
+    loop: Loop, init: str | Path | None, backbone: str | Path | None, resume: bool, continue_schedule: bool
+) -> None:
+    """Give the loop its first weights: of the run's own checkpoint, of `init`, or of ImageNet."""
+    if resume and loop.resume():
+        return
+    if init is not None:
+        weights, note = _weights_of(init)
+        spent = None
+        if continue_schedule:
+            if "step" not in note:
+                raise ConfigError(
+                    f"{init} does not say where its run stood; continue_schedule needs a small checkpoint"
+                )
+            spent = LoopState(step=int(note["step"]), seconds=float(note["seconds"]))
+        loop.start_from(weights, spent)
+    elif backbone is not None:
+        network = loop.model
+        assert isinstance(network, SmopeS)
+        load_imagenet_weights(network.backbone, Path(backbone))
+        loop.start_from(network.state_dict())
+    else:
+        log.warning("no init and no backbone weights: training from random weights takes far longer")
+
+
+def _weights_of(init: str | Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+    path = Path(init)
+    if path.is_dir() and small_files(path / SMALL):
+        path = path / SMALL
+    elif path.is_dir() and (path / CHECKPOINT).is_file():
+        path = path / CHECKPOINT
+    if path.suffix == ".pt":
+        return load_checkpoint(path)["ema"], {}
+    if path.suffix == ".safetensors":
+        return load_small(path)
+    return SMOPE.from_pretrained(init, device="cpu").network.state_dict(), {}
+
+
+def _about(
+    plan: Recipe, objects: Sequence[ObjectModel], network: nn.Module, scenes: SceneConfig | None
+) -> dict[str, Any]:
+    about = {
+        "recipe": to_json(plan),
+        "objects": [model.name for model in objects],
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
+    if scenes is not None:
+        about["recipe"]["scenes"] = to_json(scenes)
+    return about
+
+
+def _show(batch: Batch, objects: Sequence[ObjectModel], out: Path) -> None:
+    sheet = draw_truth(batch, objects)
+    write_atomically(out / FIRST_BATCH, lambda path: sheet.save(path, format="JPEG", quality=90))
+    log.info("the first batch is drawn in %s: look at it before you wait", out / FIRST_BATCH)
+
+
+def _save_model(
+    folder: Path, loop: Loop, objects: Sequence[ObjectModel], source: Source, result: LoopResult
+) -> None:
+    """Write the averaged weights as a model, read that back, and score what was read."""
+    averaged = loop.ema.model
+    assert isinstance(averaged, SmopeS)
+    diameters = [model.diameter for model in objects]
+    K = source.K.double().tolist()
+    config = ModelConfig(
+        architecture="smope-s",
+        network=averaged.config,
+        objects=tuple(model.name for model in objects),
+        image_size=source.image_size,
+        K=(tuple(K[0]), tuple(K[1]), tuple(K[2])),
+        diameters=(min(diameters), max(diameters)),
+    )
+    trained = {model.name: replace(model, trained=True) for model in objects}
+    # Tokens of the weights as the file holds them: halved before the meshes are encoded.
+    halved = SmopeS(averaged.config)
+    halved.load_state_dict(
+        {k: v.half().float() if v.is_floating_point() else v for k, v in averaged.state_dict().items()}
+    )
+    SMOPE(halved.to(loop.ranks.device), config, trained).save_pretrained(folder, dtype=torch.float16)
+    stored = SMOPE.from_pretrained(folder, device=loop.ranks.device)
+    with torch.no_grad():
+        scores = loop.task.evaluate(stored.network)
+    content = {
+        "held_out": dict(scores),
+        "images": sum(len(batch) for batch in source.held_out),
+        "minutes": round(result.state.seconds / 60, 2),
+        "steps": result.state.step,
+        "finished": result.finished,
+    }
+    write_atomically(folder.parent / SCORES, (json.dumps(content, indent=2) + "\n").encode())
+    log.info("model in %s: %s", folder, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
