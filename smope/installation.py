@@ -30,7 +30,7 @@ def describe_installation() -> dict[str, str]:
         "devices": ", ".join(["cpu", *_gpus()]),
         "g++": _first_line([os.environ.get("CXX", "g++"), "--version"]),
         "nvcc": _last_line(["nvcc", "--version"]),
-        **{f"kernel, {name}": value for name, value in build.status().items()},
+        **{f"kernel {name}": value for name, value in build.status().items()},
         "bundled models": ", ".join(hub.bundled_names()) or "none",
         "model cache": str(constants.HF_HUB_CACHE),
     }
