@@ -25,7 +25,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network = SmopeSConfig(
         width=32, heads=4, encoder_layers=1, encoder_hidden=32, decoder_layers=1, decoder_hidden=32,
-        queries=12, mesh_tokens=4, surface_points=64, anchors=16, refine_layers=1, rebuilt_points=32, denoising_groups=1,
+        queries=12, mesh_tokens=4, surface_points=64, anchors=16, refine_layers=1, rebuilt_points=32,
+        denoising_groups=1,
     )  # fmt: skip
     ball = ObjectModel.from_mesh("ball", trimesh.creation.icosphere(radius=0.05), "m")
     config = ModelConfig(
