@@ -275,15 +275,16 @@ class Prepare:
     def run(self) -> None:
         from smope.scenes.assets import prepare_assets
 
-        with atomic_path(self.out) as temporary:
-            prepare_assets(
-                load_objects(self.meshes, self.units),
-                clutter_files(self.clutter),
-                self.backgrounds,
-                temporary,
-                max_clutter=self.max_clutter,
-                max_backgrounds=self.max_backgrounds,
-            )
+        objects = load_objects(self.meshes, self.units)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        prepare_assets(
+            objects,
+            clutter_files(self.clutter),
+            self.backgrounds,
+            self.out,
+            max_clutter=self.max_clutter,
+            max_backgrounds=self.max_backgrounds,
+        )
         print(f"{self.out}: {self.out.stat().st_size / 2**20:.1f} MiB")
 
 
