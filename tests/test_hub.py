@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import trimesh
 from fake_hub import TOKEN, FakeHub, Repository, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smope import hub
+from smope import SMOPE, ObjectModel, hub
+from smope.config import ModelConfig
 from smope.hub import WeightsError, WeightsNotFoundError
+from smope.networks.smope_s import SmopeS, SmopeSConfig
 
 
 @pytest.fixture
@@ -183,7 +186,7 @@ def loopback() -> Iterator[FakeHub]:
 
 def in_a_process(*calls: str, address: str, home: Path, token: str | None = TOKEN) -> list[str]:
     """Evaluate calls of `hub` in a process whose cache is `home`: their results or errors, as texts."""
-    program = "import json\nfrom smope import hub\nresults = []\n" + "".join(
+    program = "import json\nimport smope\nfrom smope import hub\nresults = []\n" + "".join(
         f"try:\n    results.append(str({call}))\n"
         "except hub.WeightsNotFoundError as error:\n    results.append(str(error))\n"
         for call in calls
@@ -209,19 +212,16 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 
 def test_push_then_load_then_load_offline(loopback: FakeHub, folder: Path, tmp_path: Path) -> None:
-    push = f"hub.push({str(folder)!r}, 'us/model')"
-    [url] = in_a_process(push, address=loopback.address, home=tmp_path / "a")
+    home = tmp_path / "home"
+    push, load = f"hub.push({str(folder)!r}, 'us/model')", "hub.resolve('us/model')"
+    url, fetched = in_a_process(push, load, address=loopback.address, home=home)
     assert url.startswith(f"{loopback.address}/us/model/commit/")
     repository = loopback.repositories["us/model"]
     stored = repository.commits[repository.branches["main"]]
     card = (folder / hub.CARD_FILE).read_bytes()
     assert stored == {**contents(folder), "README.md": card, ".gitattributes": stored[".gitattributes"]}
     assert any(request.startswith("PUT /lfs-store/") for request in loopback.requests)
-
-    # A second machine: an empty cache, no login.
-    home = tmp_path / "b"
-    load = "hub.resolve('us/model')"
-    [fetched] = in_a_process(load, address=loopback.address, home=home, token=None)
+    assert Path(fetched).is_relative_to(home)
     assert contents(fetched) == contents(folder)
 
     # Offline by choice: not one request. Offline by a dead connection: the cache serves as well.
@@ -230,6 +230,31 @@ def test_push_then_load_then_load_offline(loopback: FakeHub, folder: Path, tmp_p
     assert in_a_process(local, address=loopback.address, home=home, token=None) == [fetched]
     assert len(loopback.requests) == count
     assert in_a_process(load, address=DEAD, home=home, token=None) == [fetched]
+
+
+def test_a_model_goes_to_the_hub_and_comes_back_offline(loopback: FakeHub, tmp_path: Path) -> None:
+    ball = trimesh.creation.icosphere(subdivisions=2, radius=0.05)
+    objects = {"ball": ObjectModel.from_mesh("ball", ball, "m")}
+    network = SmopeSConfig(width=32, heads=2, encoder_layers=1, decoder_layers=1, queries=4)
+    config = ModelConfig(
+        architecture="smope-s",
+        network=network,
+        objects=("ball",),
+        image_size=(64, 48),
+        K=((60.0, 0.0, 31.5), (0.0, 60.0, 23.5), (0.0, 0.0, 1.0)),
+        diameters=(0.1, 0.1),
+    )
+    made = tmp_path / "made"
+    SMOPE(SmopeS(network), config, objects, card="# Ball\n").save_pretrained(made)
+
+    load = "smope.SMOPE.from_pretrained({!r}, device='cpu').{}"
+    push = load.format(str(made), "push_to_hub('us/ball')")
+    places = {step: tmp_path / step for step in ("online", "offline")}
+    online, offline = (load.format("us/ball", f"save_pretrained({str(p)!r})") for p in places.values())
+    in_a_process(push, online, address=loopback.address, home=tmp_path / "home")
+    in_a_process(offline, address=DEAD, home=tmp_path / "home", token=None)
+    assert contents(places["online"]) == contents(made)
+    assert contents(places["offline"]) == contents(made)
 
 
 def test_private_repositories_revisions_and_the_cache_folder(

@@ -29,7 +29,12 @@ def root(tmp_path: Path) -> Path:
     folder = tmp_path / "smope" / "weights" / "toy"
     folder.mkdir(parents=True)
     save_file(
-        {"a": torch.zeros(3, 2).half(), "b": torch.zeros(6).half(), "objects.ape.points": torch.zeros(9)},
+        {
+            "conv.weight": torch.zeros(3, 2).half(),
+            "bn.bias": torch.zeros(6).half(),
+            "bn.running_mean": torch.zeros(6).half(),
+            "objects.ape.points": torch.zeros(9),
+        },
         folder / "model.safetensors",
     )
     scores = {
@@ -138,7 +143,7 @@ def test_files_that_contradict_each_other_are_named(
 def test_parameters_are_those_of_the_network(root: Path) -> None:
     tool = runpy.run_path(str(TOOL))
     [model] = tool["bundled_models"](root)
-    assert model.parameters == 12  # 3*2 + 6, without the points of the object
+    assert model.parameters == 12  # 3*2 + 6: neither statistics nor the object's points
 
 
 def test_the_committed_tables_are_fresh() -> None:

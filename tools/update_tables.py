@@ -61,7 +61,7 @@ class BundledModel:
 
     @property
     def parameters(self) -> int:
-        """Of the network, without what the checkpoint stores of its meshes."""
+        """Learned numbers of the network; what is stored of its meshes and running statistics are none."""
         with self.weights.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -69,6 +69,7 @@ class BundledModel:
             prod(entry["shape"])
             for key, entry in header.items()
             if not key.startswith(("objects.", "__metadata__"))
+            and not key.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
         )
 
 
