@@ -171,13 +171,13 @@ __device__ inline Spot locate(const Problem<kLevels>& p, long long query, const 
         const float* box = p.reference + (query * kLevels + level) * 4;
         spot.scale_x = box[2] * (0.5f / kPoints) * w;
         spot.scale_y = box[3] * (0.5f / kPoints) * h;
-        x = box[0] * w - 0.5f + offset.x * spot.scale_x;
-        y = box[1] * h - 0.5f + offset.y * spot.scale_y;
+        x = fmaf(box[0], w, offset.x * spot.scale_x - 0.5f);
+        y = fmaf(box[1], h, offset.y * spot.scale_y - 0.5f);
     } else {
         const float* point = p.reference + (query * kLevels + level) * 2;
         spot.scale_x = spot.scale_y = 1.f;
-        x = point[0] * w - 0.5f + offset.x;
-        y = point[1] * h - 0.5f + offset.y;
+        x = fmaf(point[0], w, offset.x - 0.5f);  // rounded once at the size of x
+        y = fmaf(point[1], h, offset.y - 0.5f);
     }
     spot.corners = 0;
     spot.lx = spot.ly = 0.f;
