@@ -66,27 +66,37 @@ class DeformableAttention(nn.Module):
         return self.output_proj(attended)
 
 
+def dropout_layer(share: float) -> nn.Module:
+    """Nothing at all where the share is 0, so that networks without dropout keep their graph."""
+    return nn.Dropout(share) if share else nn.Identity()
+
+
 class FeedForward(nn.Module):
     """linear1, ReLU, linear2, shortcut, norm."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
         self.norm = nn.LayerNorm(width)
+        self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(F.relu(self.linear1(x))))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        return self.norm(x + self.dropout(self.linear2(hidden)))
 
 
 class EncoderLayer(nn.Module):
     """Deformable self-attention of a feature pyramid."""
 
-    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int) -> None:
+    def __init__(
+        self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.self_attn = DeformableAttention(width, heads, levels, points)
         self.norm1 = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, hidden)
+        self.feed_forward = FeedForward(width, hidden, dropout)
+        self.dropout = dropout_layer(dropout)
 
     def forward(
         self,
@@ -98,19 +108,22 @@ class EncoderLayer(nn.Module):
     ) -> Tensor:
         """memory [B, S, C], positions [B or 1, S, C], reference [B, S, L, 2] -> [B, S, C]"""
         attended = self.self_attn(memory + positions, reference, memory, shapes, padding)
-        return self.feed_forward(self.norm1(memory + attended))
+        return self.feed_forward(self.norm1(memory + self.dropout(attended)))
 
 
 class DecoderLayer(nn.Module):
     """Self-attention among queries, then deformable attention to the image."""
 
-    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int) -> None:
+    def __init__(
+        self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(width)
         self.cross_attn = DeformableAttention(width, heads, levels, points)
         self.norm1 = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, hidden)
+        self.feed_forward = FeedForward(width, hidden, dropout)
+        self.dropout = dropout_layer(dropout)
 
     def forward(
         self,
@@ -126,9 +139,9 @@ class DecoderLayer(nn.Module):
         look)"""
         placed = queries + positions
         attended = self.self_attn(placed, placed, queries, attn_mask=blocked, need_weights=False)[0]
-        queries = self.norm2(queries + attended)
+        queries = self.norm2(queries + self.dropout(attended))
         attended = self.cross_attn(queries + positions, reference, memory, shapes, padding)
-        return self.feed_forward(self.norm1(queries + attended))
+        return self.feed_forward(self.norm1(queries + self.dropout(attended)))
 
 
 class MLP(nn.Module):

@@ -33,3 +33,23 @@ def cell_centres(shapes: Shapes, device: torch.device) -> Tensor:
 def pyramid_positions(shapes: Shapes, width: int, device: torch.device) -> Tensor:
     """[S, width] sine embedding of the cells, y first as in DETR."""
     return sine_embedding(cell_centres(shapes, device).flip(-1), width // 2)
+
+
+def unpadded_centres(padding: Tensor) -> Tensor:
+    """[B, h, w] bool, True on padding -> [B, h * w, 2] centres (x, y) in 0..1 of the part that is image.
+
+    DETR's rule to the bit, its 1e-6 included: cells in columns (rows) without any image get a huge value,
+    whose sine depends on every rounding.
+    """
+    image = ~padding
+    y = image.cumsum(1, dtype=torch.float32)
+    x = image.cumsum(2, dtype=torch.float32)
+    y = (y - 0.5) / (y[:, -1:, :] + 1e-6)
+    x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
+    return torch.stack([x, y], -1).flatten(1, 2)
+
+
+def valid_ratios(padding: Tensor) -> Tensor:
+    """[B, h, w] bool, True on padding -> [B, 2] share of the width and of the height that is image."""
+    image = (~padding).float()
+    return torch.stack([image[:, 0, :].mean(1), image[:, :, 0].mean(1)], -1)
