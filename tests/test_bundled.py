@@ -72,7 +72,7 @@ def test_the_poses_of_the_demo_are_right(lmo: Path) -> None:
     with Image.open(ASSETS / "demo.png") as picture:
         assert picture.size == truth.camera.size
     found = SMOPE.from_pretrained(lmo, device="cpu").predict(ASSETS / "demo.png", K=truth.camera.K)
-    best = {name: pose for name, pose in reversed(list(zip(found.names, found.T_CO, strict=True)))}
+    best = dict(reversed(list(zip(found.names, found.T_CO, strict=True))))  # the first one is the surest
     seen = [i for i in range(len(truth)) if truth.visibility[i] >= 0.5]
     assert len(seen) >= 6
     right = 0
