@@ -1,4 +1,4 @@
-"""Schedule, weight average, optimiser, curves and recipe, each against plain arithmetic or torch's own classes."""
+"""Schedule, weight average, optimiser, curves and recipe, against plain arithmetic or torch."""
 
 from __future__ import annotations
 

@@ -62,6 +62,7 @@ class Curves:
 
     def draw(self, title: str = "") -> None:
         """Put the curves into curves.png: losses, then the scores, over minutes."""
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
 
         names = sorted({name for row in self.rows for name in row} - set(_AXES))
@@ -70,18 +71,25 @@ class Curves:
         if not losses and not scores:
             return
         panels = [group for group in (losses, scores) if group]
-        figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
+        figure = Figure(figsize=(8 * len(panels), 5), layout="constrained")
         for index, group in enumerate(panels):
             axes: Axes = figure.add_subplot(1, len(panels), index + 1)
-            for name in group:
+            for place, name in enumerate(group):
                 points = [(r["minutes"], r[name]) for r in self.rows if name in r and math.isfinite(r[name])]
                 if points:
-                    axes.plot(*zip(*points, strict=True), label=name.removeprefix("score/"), linewidth=1.2)
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        label=name.removeprefix("score/"),
+                        color=colormaps["tab20"](place % 20),
+                        linestyle="-" if place < 20 else "--",
+                        marker="." if group is scores else None,
+                        linewidth=1.2,
+                    )
             axes.set_xlabel("minutes")
             if group is losses and any(r.get(n, 0.0) > 0 for r in self.rows for n in group):
-                axes.set_yscale("log")
+                axes.set_yscale("symlog", linthresh=0.1)  # likelihood terms go below 0
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=6, ncols=2)
+            axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.suptitle(title)
         write_atomically(self.png, lambda path: figure.savefig(path, format="png", dpi=110))
 

@@ -81,8 +81,9 @@ def fit(
     full checkpoint, or a small one; with `continue_schedule` the run also stands where that small checkpoint
     stood. `backbone` is a file of ImageNet weights, used where there is no `init`.
 
-    A run that was killed, interrupted, or ended after `piece_minutes` goes on with `resume=True`, on the same
-    data and schedule. Under `torchrun` every process renders its own scenes; the first one writes.
+    Ctrl-C saves and then raises KeyboardInterrupt. A run that was killed, interrupted, or ended after
+    `piece_minutes` goes on with `resume=True`, on the same data and schedule. Under `torchrun` every process
+    renders its own scenes; the first one writes.
     """
     plan = _planned(recipe, max_minutes, run_options)
     with joined(device) as ranks:
@@ -106,6 +107,10 @@ def fit(
         pretrained = backbone or (expand(plan.data.backbone) if plan.data.backbone else None)
         _begin(loop, init, pretrained, resume, continue_schedule)
         result = loop.run()
+        if result.interrupted:
+            raise KeyboardInterrupt(
+                f"interrupted; everything is saved in {out}, and resume goes on from there"
+            )
         folder = Path(out) / MODEL
         if ranks.is_main:
             _save_model(folder, loop, objects, source, result)
@@ -140,7 +145,7 @@ def objects_of(
 
 
 def _read_symmetries(data: DataConfig) -> Mapping[str, Any] | str | None:
-    """The word "auto", or the entries of a models_info.json by name, for mesh files obj_000001.ply and so on."""
+    """The word "auto", or entries of a models_info.json by name, for mesh files obj_000001.ply and so on."""
     if data.symmetries is None or data.symmetries == "auto":
         return data.symmetries
     try:
@@ -149,7 +154,7 @@ def _read_symmetries(data: DataConfig) -> Mapping[str, Any] | str | None:
         return {name: entries[number] for name, number in ids.items()}
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f'data.symmetries: {data.symmetries} given; "auto", or a models_info.json with an entry for every '
+            f'data.symmetries: {data.symmetries} given; "auto", or a models_info.json with an entry for each '
             f"mesh file obj_NNNNNN expected ({error})"
         ) from error
 

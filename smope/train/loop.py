@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +23,7 @@ from smope.train.meter import Meter
 from smope.train.optim import GuardedAdamW
 from smope.train.recipe import OptimConfig, RunConfig
 from smope.train.schedule import Budget, Schedule
+from smope.train.terminal import interruptible, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -110,16 +109,17 @@ class Loop:
         self.record: dict[str, Any] = {"about": self.about, "pieces": []}
         self.scores: dict[str, float] = {}
         self._resumed = False
-        self._stop = False
         torch.manual_seed(run.seed + ranks.rank)
 
     def _wrap(self, module: _Step) -> nn.Module:
         if self.ranks.world == 1:
             return module
-        # No device_ids: batches are on their device already. Batch statistics stay each process's own.
-        return DistributedDataParallel(
-            module, gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False
-        )
+        # Batch statistics stay each process's own; torch 2.13 renamed the switch.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True, "static_graph": True}
+        # No device_ids: batches are on their device already.
+        return DistributedDataParallel(module, **options)
 
     # -- where a run begins ---------------------------------------------------------------------------------
 
@@ -176,15 +176,15 @@ class Loop:
         self.model.train()
         config, main = self.config, self.ranks.is_main
         with ExitStack() as stack:
-            stack.enter_context(self._interruptible())
-            batches = stack.enter_context(_open(self.stream(self.state.step)))
+            interrupt = stack.enter_context(interruptible())
+            batches = stack.enter_context(opened(self.stream(self.state.step)))
             batch, _ = _next(batches)  # workers start and shaders compile before the clock does
             waited = 0.0
             if main:
                 self._open_records(stack)
             if main and self.first_batch is not None and self.state.step == 0:
                 self.first_batch(batch)
-            bar = stack.enter_context(self._bar())
+            bar = stack.enter_context(progress_bar(main and config.progress_bar))
             self.meter = Meter(config.batch_size * self.ranks.world)
             began, before = time.perf_counter(), self.state.seconds
             last_save = last_evaluation = began
@@ -194,12 +194,12 @@ class Loop:
                 self.state.seconds = before + now - began
                 piece_over = config.piece_minutes is not None and now - began >= 60 * config.piece_minutes
                 progress = self.budget.progress(self.state.step, self.state.seconds)
-                progress, stop = self.ranks.agree(progress, self._stop or piece_over)
+                progress, stop = self.ranks.agree(progress, interrupt.asked or piece_over)
                 finished = progress >= 1.0
                 if finished or stop:
                     break
                 rate = self._one_step(batch, progress, waited)
-                bar(progress)
+                bar(progress, self.state.step)
                 if self.state.step % config.log_every == 0 and main:
                     self._log(rate)
                 if main and config.eval_minutes > 0 and now - last_evaluation >= 60 * config.eval_minutes:
@@ -210,8 +210,8 @@ class Loop:
                     last_save = time.perf_counter()
                 batch, waited = _next(batches)
             if main:
-                self._finish(finished)
-        return LoopResult(finished, self._stop, self.state, self.scores)
+                self._finish(finished, interrupt.asked)
+        return LoopResult(finished, interrupt.asked, self.state, self.scores)
 
     def _one_step(self, batch: Any, progress: float, waited: float) -> float:
         rate = self.optimiser.set_factor(self.schedule.factor(self.state.warm_steps, progress))
@@ -232,9 +232,9 @@ class Loop:
         action()
         self.meter.pause(time.perf_counter() - began)
 
-    def _finish(self, finished: bool) -> None:
+    def _finish(self, finished: bool, interrupted: bool) -> None:
         self._log(None)
-        if not self._stop:
+        if not interrupted:
             self.evaluate()
         self.save()
         if finished:
@@ -271,7 +271,7 @@ class Loop:
         self.curves.add(self.state.seconds / 60, self.state.step, values)
         self.curves.write()
         log.info(
-            "step %d  minute %.2f  loss %.4f  gradient %.3g  %.0f images/s  waiting %.0f %%%s",
+            "step %d  minute %.2f  loss %.4f  gradient %.3g  %.3g images/s  waiting %.0f %%%s",
             self.state.step,
             self.state.seconds / 60,
             values.get("loss", float("nan")),
@@ -348,46 +348,9 @@ class Loop:
         if device is not None and self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(device, self.ranks.device)
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C, or a polite kill, ends the loop after the step in hand; a second one ends it at once."""
-
-        def stop(number: int, frame: object) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-            log.warning("%s: stopping after this step, and saving", signal.Signals(number).name)
-
-        try:
-            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever started it there ends it
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def _bar(self) -> Iterator[Callable[[float], None]]:
-        console = Console(stderr=True)
-        if not (self.ranks.is_main and self.config.progress_bar and console.is_terminal):
-            yield lambda progress: None
-            return
-        columns = (
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(),
-            "{task.percentage:.1f} %",
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=console) as progress_bar:
-            bar = progress_bar.add_task("training", total=1.0, step=self.state.step)
-            yield lambda progress: progress_bar.update(bar, completed=progress, step=self.state.step)
-
 
 @contextmanager
-def _open(batches: Iterable[Any]) -> Iterator[Iterator[Any]]:
+def opened(batches: Iterable[Any]) -> Iterator[Iterator[Any]]:
     """Iterate, and close what can be closed: streams own worker processes."""
     iterator = iter(batches)
     try:

@@ -18,7 +18,7 @@ from smope.objects import ObjectModel
 from smope.scenes.assets import SceneAssets
 from smope.scenes.config import SceneConfig
 from smope.scenes.stream import SceneStream
-from smope.train.loop import Stream
+from smope.train.loop import Stream, opened
 from smope.train.recipe import RunConfig
 
 HELD_OUT_SEED = 7_654_321  # far from any seed of a training process
@@ -73,11 +73,8 @@ def scene_source(
             batch_size=run.batch_size,
         )
         count = -(-run.eval_images // run.batch_size)
-        iterator = iter(batches)
-        try:
+        with opened(batches) as iterator:
             held_out = tuple(_light(next(iterator)) for _ in range(count))
-        finally:
-            batches.close()
     K = torch.tensor([[config.fx, 0.0, config.cx], [0.0, config.fy, config.cy], [0.0, 0.0, 1.0]])
     return Source(stream, held_out, (config.width, config.height), K)
 
