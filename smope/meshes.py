@@ -177,7 +177,7 @@ def _with_vertex_colours(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     if not isinstance(visual, TextureVisuals):
         return mesh
     vertices, faces, uv = np.asarray(mesh.vertices), np.asarray(mesh.faces), visual.uv
-    if uv is None or len(uv) != len(vertices):
+    if uv is None or len(uv) != len(vertices) or not _has_picture(visual.material):
         colours = np.tile(visual.material.main_color, (len(vertices), 1))
         return trimesh.Trimesh(vertices, faces, vertex_colors=colours, process=False)
     longest = TEXTURE_EDGE * float(np.linalg.norm(np.ptp(vertices, axis=0)))
@@ -189,6 +189,11 @@ def _with_vertex_colours(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
         vertices, faces, attributes = trimesh.remesh.subdivide(vertices, faces, edges > longest, {"uv": uv})
         uv = attributes["uv"]
     return trimesh.Trimesh(vertices, faces, vertex_colors=visual.material.to_color(uv), process=False)
+
+
+def _has_picture(material: Any) -> bool:
+    """A plain OBJ material has an `image`, a glTF one a `baseColorTexture`."""
+    return any(getattr(material, name, None) is not None for name in ("image", "baseColorTexture"))
 
 
 def _size_message(name: str, size: float, units: str) -> str:

@@ -230,7 +230,7 @@ def _bop_transform(entry: Sequence[float], metres: float) -> Tensor:
 
 
 def _bop_axis(entry: Mapping[str, Sequence[float]], metres: float) -> tuple[Tensor, Tensor]:
-    axis = torch.tensor(np.asarray(entry["axis"], dtype=np.float64))
+    axis = torch.tensor(np.asarray(entry.get("axis", ()), dtype=np.float64))
     offset = torch.tensor(np.asarray(entry.get("offset", (0, 0, 0)), dtype=np.float64))
     length = axis.norm()
     if (

@@ -94,6 +94,16 @@ def _pierce(triangles: Floats, normals: Floats, spacing: float) -> tuple[Ints, F
     weights = np.concatenate([hit[1] for hit in found])
     keys = np.concatenate([hit[2] for hit in found])
     order = np.lexsort(keys.T)  # by axis, line and depth: independent of the faces' order
+    faces, weights, keys = faces[order], weights[order], keys[order]
+
+    # Then shuffled by a noise of the line and of the hit's number on it, so that every beginning of the list
+    # covers the surface; a stride would take the front sides alone.
+    number = np.arange(len(keys))
+    fresh = np.ones(len(keys), dtype=bool)
+    fresh[1:] = (keys[1:, 1:] != keys[:-1, 1:]).any(axis=1)
+    on_line = number - np.maximum.accumulate(np.where(fresh, number, 0))
+    column, row, axis = keys[:, 1:].astype(np.int64).T
+    order = np.argsort(_noise(column + (on_line << 32), row + (axis << 32), 9), kind="stable")
     return faces[order], weights[order]
 
 
@@ -160,11 +170,13 @@ def _noise(i: Ints, j: Ints, stream: int) -> Floats:
 
 def _smooth_normals(hits: Floats, normals: Floats, chosen: Ints) -> Floats:
     """Mean normal of the hits around each chosen one that face the same way: edges stay, scans get smooth."""
+    half = len(hits) // 2
     own_points, own = torch.from_numpy(hits[chosen]).float(), torch.from_numpy(normals[chosen]).float()
-    points, directions = torch.from_numpy(hits[::2]).float(), torch.from_numpy(normals[::2]).float()
+    points, directions = torch.from_numpy(hits[:half]).float(), torch.from_numpy(normals[:half]).float()
     smooth = []
     for centre, normal in zip(own_points.split(256), own.split(256), strict=True):
-        near = torch.cdist(centre, points) < SMOOTHING
-        alike = normal @ directions.T > 0.7
-        smooth.append(normal + (near & alike).float() @ directions)
+        # Weights fall to 0 without a jump, so that rounding changes nothing.
+        near = (1 - torch.cdist(centre, points) / SMOOTHING).clamp_(min=0)
+        alike = (normal @ directions.T - 0.7).clamp_(min=0)
+        smooth.append(0.1 * normal + (near * alike) @ directions)
     return torch.nn.functional.normalize(torch.cat(smooth), dim=-1).double().numpy()

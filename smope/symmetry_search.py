@@ -42,7 +42,7 @@ class SymmetryAxis:
         return _motion(_turns(self.axis[None], degrees)[0], self.point)
 
     def __str__(self) -> str:
-        direction = ", ".join(f"{value:.2f}" for value in self.axis.tolist())
+        direction = ", ".join(f"{round(value, 2) + 0.0:.2f}" for value in self.axis.tolist())  # no -0.00
         return f"{'any turn' if self.order == 0 else f'{self.order}-fold'} about ({direction})"
 
 
@@ -89,15 +89,14 @@ class _Surface:
     """The mesh in units of its diameter about its centre of mass, to be asked what motion keeps it."""
 
     def __init__(self, mesh: trimesh.Trimesh, diameter: float, tolerance: float) -> None:
-        hits = pierce_surface(mesh, diameter, 16384)
+        hits = pierce_surface(mesh, diameter, 12288)
         self.diameter, self.tolerance = diameter, tolerance
         self.centre = torch.from_numpy(hits.points.mean(axis=0))
         points = (torch.from_numpy(hits.points) - self.centre) / diameter
         self.points, self.normals = points.float(), torch.from_numpy(hits.normals).float()
         self.spacing = math.sqrt(mesh.area / len(points)) / diameter
         self.probes = self.points[torch.from_numpy(farthest_points(points.numpy(), 512))]
-        every = max(1, len(points) // 4096)
-        self.sparse_points, self.sparse_normals = self.points[::every], self.normals[::every]
+        self.sparse_points, self.sparse_normals = self.points[:4096], self.normals[:4096]
         self.reach = float(self.points.norm(dim=1).max())
         ticks = torch.linspace(-self.reach, self.reach, GRID)
         nodes = torch.cartesian_prod(ticks, ticks, ticks)
@@ -124,7 +123,7 @@ class _Surface:
     def refined(self, direction: Tensor, order: int) -> SymmetryAxis | None:
         """The axis near `direction` with the highest order there is about it, None if it is no axis."""
         rotation, shift = _turns(direction[None], 360 / order)[0], torch.zeros(3, dtype=torch.float64)
-        for _ in range(8):
+        for _ in range(6):
             rotation, shift = self._aligned(rotation, shift)
         axis = _axis_of(rotation, direction)
         exact = _turns(axis[None], 360 / order)[0]
@@ -144,7 +143,7 @@ class _Surface:
         rotation = motion[:3, :3]
         shift = (rotation @ self.centre + motion[:3, 3] - self.centre) / self.diameter
         misses = 0
-        for probes in self.probes.split(64):  # most motions that fail do so in the first part
+        for probes in self.probes.split([16, 112, 384]):  # most motions that fail do so in the first part
             moved = probes @ rotation.T.float() + shift.float()
             nearest = torch.cdist(moved, self.points).argmin(dim=1)
             offsets = moved - self.points[nearest]
