@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -49,11 +48,13 @@ class SceneAssets:
                 turned = image.convert("RGB")
                 if turned.height > turned.width:
                     turned = turned.transpose(Image.Transpose.ROTATE_90)
-                out[k] = np.asarray(turned.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+                out[k] = np.asarray(turned.resize((width, height), Image.Resampling.BILINEAR)).transpose(
+                    2, 0, 1
+                )
         return out
 
     def save(self, path: Path | str) -> None:
-        """Write one .npz; normals and positions as float16 relative to the mesh's size, indices as narrow as fits."""
+        """Write one .npz: positions as float16, normals as int8, indices as narrow as fits."""
         path = Path(path)
         arrays: dict[str, NDArray[np.generic]] = {"environments": self.environments}
         meta = []
@@ -66,10 +67,12 @@ class SceneAssets:
         header = json.dumps({"version": 1, "targets": len(self.targets), "meshes": meta})
         arrays["header"] = np.frombuffer(header.encode(), dtype=np.uint8)
         scratch = path.with_name(path.name + ".part")
-        with open(scratch, "wb") as handle:
+        with scratch.open("wb") as handle:
             np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
-        os.replace(scratch, path)
-        log.info("%s: %d meshes, %d backgrounds, %.1f MiB", path, len(meta), len(self.backgrounds), _mib(path))
+        scratch.replace(path)
+        log.info(
+            "%s: %d meshes, %d backgrounds, %.1f MiB", path, len(meta), len(self.backgrounds), _mib(path)
+        )
 
     @classmethod
     def load(cls, path: Path | str) -> SceneAssets:
@@ -81,7 +84,9 @@ class SceneAssets:
                 blob, sizes = bytes(data["backgrounds"]), data["background_sizes"]
                 environments = data["environments"]
         except (KeyError, ValueError, OSError) as error:
-            raise AssetError(f"{path}: not a file of scene assets ({error}); make one with prepare_assets") from error
+            raise AssetError(
+                f"{path}: no file of scene assets ({error}); make one with prepare_assets"
+            ) from error
         ends = np.cumsum(sizes)
         pictures = tuple(blob[end - size : end] for size, end in zip(sizes, ends, strict=True))
         count = header["targets"]
@@ -102,15 +107,17 @@ def build_assets(
 ) -> SceneAssets:
     """Prepare meshes and pictures in memory.
 
-    `clutter` are mesh files in metres; an `index.json` beside or above them (with `file` and `scale_known`) tells
-    which sizes are real, and those are preferred. `backgrounds` is a folder of pictures with an optional
-    `hdri/*.npz` (`rgb` [h, w, 3], linear, equirectangular).
+    `clutter` are mesh files in metres; an `index.json` beside or above them (with `file` and `scale_known`)
+    tells which sizes are real, and those are preferred. `backgrounds` is a folder of pictures with an
+    optional `hdri/*.npz` (`rgb` [h, w, 3], linear, equirectangular).
     """
     rng = np.random.default_rng(seed)
     targets = []
     for model in objects:
         if model.mesh is None:
-            raise AssetError(f"object '{model.name}' has no mesh (it came from a checkpoint); scenes need its mesh file")
+            raise AssetError(
+                f"object '{model.name}' has no mesh: it came from a checkpoint; register its mesh file"
+            )
         targets.append(prepare_mesh(model.name, model.mesh, faces=target_faces, coarse_faces=800))
     known = _known_scales(clutter)
     real = [p for p in clutter if known.get(p.name, True)]
@@ -119,7 +126,7 @@ def build_assets(
     picked += _pick(rng, invented, min(max_clutter - len(picked), max(max_clutter // 6, 1)))
     others = []
     for path in picked:
-        mesh = trimesh.load(path, process=False, force="mesh")
+        mesh = trimesh.load_mesh(path, process=False)
         others.append(
             prepare_mesh(path.stem, mesh, faces=clutter_faces, scale_known=known.get(path.name, True))
         )
@@ -151,19 +158,20 @@ def _known_scales(paths: Sequence[Path]) -> dict[str, bool]:
     for folder in {p.parent for p in paths} | {p.parent.parent for p in paths}:
         index = folder / "index.json"
         if index.is_file():
-            found |= {Path(e["file"]).name: bool(e.get("scale_known", True)) for e in json.loads(index.read_text())}
+            entries = json.loads(index.read_text())
+            found |= {Path(e["file"]).name: bool(e.get("scale_known", True)) for e in entries}
     return found
 
 
 def _pictures(
     rng: np.random.Generator, folder: Path | None, count: int, size: int
 ) -> tuple[tuple[bytes, ...], NDArray[np.float16]]:
-    """Pictures of a folder tree re-encoded at most `size` px wide, evenly over its sub-folders; environment maps."""
+    """Pictures of a folder tree, evenly over its folders, at most `size` px wide; environment maps."""
     if folder is None:
         return (), np.ones((1, 16, 32, 3), dtype=np.float16)
     folder = Path(folder)
     if not folder.is_dir():
-        raise AssetError(f"backgrounds: '{folder}' is no folder; give a folder of pictures (JPEG or PNG), or None")
+        raise AssetError(f"backgrounds: '{folder}' is no folder; give one with JPEG or PNG files, or None")
     groups: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in PICTURE_SUFFIXES:

@@ -1,4 +1,4 @@
-"""From G-buffers to pictures of linear light: the table and its sheets, shading, background; and the labels."""
+"""From G-buffers to pictures of linear light: the table and its sheets, shading, background."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def compose(
     bank: TextureBank,
     config: SceneConfig,
 ) -> Composed:
-    """Light a batch of G-buffers (see rasterise.GBuffer, with a batch dimension; `scene` from layout.unpack)."""
+    """Light a batch of G-buffers (rasterise.GBuffer with a batch dimension; `scene` from layout.unpack)."""
     height, width = depth.shape[1:]
     rays = pixel_rays(scene["K"], height, width)  # [B, 3, H, W], z = 1
     drawn = albedo[..., 3]
@@ -93,7 +93,9 @@ def compose(
         open_sky,
     )
     radiance = torch.where(surface, radiance, _background(view, scene, bank))
-    return Composed(radiance, torch.where(surface, point_depth, torch.zeros_like(point_depth))[:, 0], material)
+    return Composed(
+        radiance, torch.where(surface, point_depth, torch.zeros_like(point_depth))[:, 0], material
+    )
 
 
 def pixel_rays(K: Tensor, height: int, width: int) -> Tensor:
@@ -112,7 +114,7 @@ def srgb_to_linear(x: Tensor) -> Tensor:
 
 
 def _table_top(rays: Tensor, scene: dict[str, Tensor], bank: TextureBank) -> tuple[Tensor, Tensor, Tensor]:
-    """Depth [B, 1, H, W] of the plane, where it is table or sheet (bool), and its linear albedo [B, 3, H, W]."""
+    """Depth [B, 1, H, W] of the plane, where it is table or sheet, and its linear albedo [B, 3, H, W]."""
     normal, offset = scene["plane"][:, :3], scene["plane"][:, 3, None, None]
     slope = torch.einsum("bc,bchw->bhw", normal, rays)
     depth = offset / torch.where(slope.abs() < 1e-5, torch.full_like(slope, -1e-5), slope)
@@ -140,7 +142,9 @@ def _table_top(rays: Tensor, scene: dict[str, Tensor], bank: TextureBank) -> tup
 
 
 def _sample(pictures: Tensor, grid: Tensor, padding: str) -> Tensor:
-    return F.grid_sample(pictures.float() / 255, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+    return F.grid_sample(
+        pictures.float() / 255, grid, mode="bilinear", padding_mode=padding, align_corners=False
+    )
 
 
 def _background(view: Tensor, scene: dict[str, Tensor], bank: TextureBank) -> Tensor:
@@ -149,7 +153,9 @@ def _background(view: Tensor, scene: dict[str, Tensor], bank: TextureBank) -> Te
     index, gain, blur, surround = scene["background"].unbind(dim=1)
     grid = F.affine_grid(scene["background_uv"], [len(view), 3, height, width], align_corners=False)
     photo = _sample(bank.pictures[index.long()], grid, "reflection")
-    photo = torch.lerp(photo, _sample(bank.small[index.long()], grid, "reflection"), blur[:, None, None, None])
+    photo = torch.lerp(
+        photo, _sample(bank.small[index.long()], grid, "reflection"), blur[:, None, None, None]
+    )
     photo = srgb_to_linear(photo)
     which = scene["environment"][:, 0].long()
     away = (scene["R_EC"] @ -view.flatten(2)).unflatten(2, (height, width))
@@ -160,7 +166,7 @@ def _background(view: Tensor, scene: dict[str, Tensor], bank: TextureBank) -> Te
 def visibility(material: Tensor, tiles: Tensor, boxes: Tensor) -> Tensor:
     """[B, N] visible pixels over the pixels of the whole silhouette, inside and outside the image.
 
-    tiles [B, N, 64, 64] bool are silhouettes resampled into boxes [B, N, 4]; material [B, H, W] holds slot + 1.
+    tiles [B, N, 64, 64] bool: silhouettes resampled into boxes [B, N, 4]; material [B, H, W] holds slot + 1.
     """
     slots = torch.arange(1, tiles.shape[1] + 1, device=tiles.device, dtype=material.dtype)
     seen = torch.stack([(material == slot).sum(dim=(1, 2)) for slot in slots], dim=1).float()

@@ -30,7 +30,8 @@ class SceneConfig:
     full_set_probability: float = 0.35  # share of images with as many targets as fit, as in crowded photos
     repeat_probability: float = 0.10  # share of images that may hold several instances of one object
     clutter: tuple[int, int] = (3, 8)  # other objects in the heap, inclusive
-    far_clutter: tuple[int, int] = (0, 4)  # other objects standing around it, table scenes only
+    far_clutter: tuple[int, int] = (2, 8)  # other objects standing around it, table scenes only
+    far_scale: Range = (1.0, 2.2)  # further factor on their size: furniture, screens, pots
     invented_scale_share: float = 0.15  # most clutter draws from meshes whose scale was invented
     clutter_scale: Range = (0.75, 1.3)
 
@@ -46,21 +47,24 @@ class SceneConfig:
     roll: float = 20.0  # standard deviation of the in-plane roll, degrees
     any_roll_probability: float = 0.10
 
-    front_occluder_probability: float = 0.45  # chance, for each target of a free scene, of an occluder in front
+    front_occluder_probability: float = 0.45  # for each target of a free scene
     min_visibility: float = 0.02  # slots below are left empty
 
     shadow_size: int = 256  # texels of a light-view depth map
-    layers: int = 4  # texture layers on the plane: table, board, two sheets
-    materials: int = 32  # ids an image can hold, 0 (nothing) and the plane included
+    layers: int = 5  # texture layers on the plane: table, board, sheets
+    materials: int = 40  # ids an image can hold, 0 (nothing) and the plane included
     lights: int = 3
 
-    exposure: Range = (0.10, 0.62)  # mean of the sRGB image that the exposure aims at
-    blur_sigma: Range = (0.35, 1.6)  # pixels: anti-aliasing and defocus together
+    exposure: Range = (0.18, 0.60)  # mean of the sRGB image that the exposure aims at
+    spread: Range = (0.13, 0.31)  # standard deviation of the sRGB image that the tone curve aims at
+    blur_sigma: Range = (0.35, 1.05)  # pixels: anti-aliasing and ordinary focus together
+    defocus_probability: float = 0.12
+    defocus_sigma: Range = (1.0, 2.0)  # pixels
     motion_probability: float = 0.15
     motion_length: Range = (1.5, 7.0)  # pixels
-    noise: Range = (0.0003, 0.006)  # read noise, standard deviation as a share of full scale, linear light
-    shot_noise: Range = (0.001, 0.02)  # standard deviation of the shot noise at full scale
-    sharpen: Range = (0.0, 1.6)  # amount of unsharp masking
+    noise: Range = (0.0002, 0.003)  # read noise, standard deviation as a share of full scale, linear light
+    shot_noise: Range = (0.001, 0.012)  # standard deviation of the shot noise at full scale
+    sharpen: Range = (0.0, 2.0)  # amount of unsharp masking
     jpeg_probability: float = 0.6
     jpeg_quality: Range = (60.0, 95.0)
     erase_probability: float = 0.05  # strips or patches cut out of the image
@@ -72,7 +76,9 @@ class SceneConfig:
                 "far_clutter and one occluder a target can need; raise it"
             )
         if not 1 <= self.targets[0] <= self.targets[1] <= self.max_targets:
-            raise ValueError(f"SceneConfig.targets = {self.targets}: expected 1 <= low <= high <= {self.max_targets}")
+            raise ValueError(
+                f"SceneConfig.targets = {self.targets}: 1 <= low <= high <= {self.max_targets} expected"
+            )
         if self.materials > 255:
             raise ValueError(f"SceneConfig.materials = {self.materials}: ids travel in 8 bits, 255 at most")
 

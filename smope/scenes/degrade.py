@@ -27,7 +27,7 @@ class CameraDraw:
     shot_noise: Tensor
     chroma_noise: Tensor  # share of the noise that differs between the colours
     gamma: Tensor
-    contrast: Tensor
+    spread: Tensor  # standard deviation of the sRGB picture aimed at
     black: Tensor  # added black level
     saturation: Tensor
     sharpen: Tensor  # amount of unsharp masking
@@ -36,15 +36,22 @@ class CameraDraw:
     erase: Tensor  # [B, 5] x0, y0, x1, y1 as shares of the image, and the grey put there; x1 < x0 for none
 
     @classmethod
-    def sample(cls, seed: tuple[int, ...], batch: int, config: SceneConfig, device: torch.device) -> CameraDraw:
+    def sample(
+        cls, seed: tuple[int, ...], batch: int, config: SceneConfig, device: torch.device
+    ) -> CameraDraw:
         rng = np.random.default_rng(seed)
 
         def log_uniform(low: float, high: float) -> np.ndarray:
             return np.exp(rng.uniform(np.log(low), np.log(high), batch))
 
         sigma = rng.uniform(*config.blur_sigma, batch)
-        length = np.where(rng.random(batch) < config.motion_probability, rng.uniform(*config.motion_length, batch), 0.0)
-        warmth = rng.normal(0, 0.08, (batch, 1)) * np.array([1.0, 0.0, -1.0]) + rng.normal(0, 0.03, (batch, 3))
+        out_of_focus = rng.random(batch) < config.defocus_probability
+        sigma = np.where(out_of_focus, rng.uniform(*config.defocus_sigma, batch), sigma)
+        moving = rng.random(batch) < config.motion_probability
+        length = np.where(moving, rng.uniform(*config.motion_length, batch), 0.0)
+        warmth = rng.normal(0, 0.08, (batch, 1)) * np.array([1.0, 0.0, -1.0]) + rng.normal(
+            0, 0.03, (batch, 3)
+        )
         erase = np.zeros((batch, 5))
         for k in np.nonzero(rng.random(batch) < config.erase_probability)[0]:
             x0, y0 = rng.uniform(-0.1, 0.9, 2)
@@ -52,7 +59,7 @@ class CameraDraw:
             w, h = (thin, long) if rng.random() < 0.5 else (long, thin)
             erase[k] = [x0, y0, x0 + w, y0 + h, rng.random()]
         values = {
-            "brightness": np.clip(rng.normal(0.33, 0.10, batch), *config.exposure),
+            "brightness": np.clip(rng.normal(0.34, 0.08, batch), *config.exposure),
             "white": np.exp(warmth),
             "vignette": rng.uniform(0, 0.35, batch),
             "blur": blur_kernels(sigma, length, rng.uniform(0, np.pi, batch)),
@@ -60,7 +67,7 @@ class CameraDraw:
             "shot_noise": log_uniform(*config.shot_noise),
             "chroma_noise": rng.uniform(0.2, 1.0, batch),
             "gamma": rng.uniform(1.9, 2.6, batch),
-            "contrast": rng.normal(1.1, 0.13, batch),
+            "spread": np.clip(rng.normal(0.225, 0.045, batch), *config.spread),
             "black": rng.uniform(0, 0.04, batch),
             "saturation": rng.uniform(0.8, 1.45, batch),
             "sharpen": rng.uniform(*config.sharpen, batch),
@@ -70,7 +77,8 @@ class CameraDraw:
             ),
             "erase": erase,
         }
-        return cls(**{k: torch.as_tensor(v, dtype=torch.float32).to(device, non_blocking=True) for k, v in values.items()})
+        tensors = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
+        return cls(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def blur_kernels(sigma: np.ndarray, length: np.ndarray, angle: np.ndarray) -> np.ndarray:
@@ -86,7 +94,7 @@ def blur_kernels(sigma: np.ndarray, length: np.ndarray, angle: np.ndarray) -> np
 
 def photograph(radiance: Tensor, camera: CameraDraw, generator: torch.Generator) -> Tensor:
     """Linear radiance [B, 3, H, W] to pictures in 0..1, sRGB, in steps of 1/255."""
-    batch, _, height, width = radiance.shape
+    height, width = radiance.shape[-2:]
     x = expose(radiance, camera.brightness)
     x = x * (camera.white[:, :, None, None] * vignetting(camera.vignette, height, width))
     # Highlights spread before they clip, but not without bound.
@@ -112,7 +120,7 @@ def expose(radiance: Tensor, brightness: Tensor) -> Tensor:
 
 
 def vignetting(loss: Tensor, height: int, width: int) -> Tensor:
-    """[B, 1, H, W] gain that falls with the square of the distance from the middle to 1 - loss in the corners."""
+    """[B, 1, H, W] gain that falls with the square of the distance from the middle."""
     y = torch.linspace(-1, 1, height, device=loss.device)
     x = torch.linspace(-1, 1, width, device=loss.device)
     radius = (y[:, None].square() + x[None].square()) / 2
@@ -143,10 +151,18 @@ def sensor_noise(x: Tensor, camera: CameraDraw, generator: torch.Generator) -> T
 
 
 def tone(x: Tensor, camera: CameraDraw) -> Tensor:
-    """Gamma, contrast about the middle, saturation, black level."""
+    """Gamma, contrast towards the spread and brightness aimed at, saturation, black level."""
     y = x.clamp(min=1e-6).pow(1 / camera.gamma[:, None, None, None])
-    y = 0.45 + (y - 0.45) * camera.contrast[:, None, None, None]
-    grey = (y * torch.tensor([0.299, 0.587, 0.114], device=y.device).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    small = F.avg_pool2d(y, 8).mean(dim=1)
+    middle, spread = small.mean(dim=(1, 2)), small.std(dim=(1, 2))
+    contrast = (camera.spread / spread.clamp(min=1e-3)).clamp(0.7, 1.8)
+    y = (
+        camera.brightness[:, None, None, None]
+        + (y - middle[:, None, None, None]) * contrast[:, None, None, None]
+    )
+    grey = (y * torch.tensor([0.299, 0.587, 0.114], device=y.device).view(1, 3, 1, 1)).sum(
+        dim=1, keepdim=True
+    )
     y = grey + (y - grey) * camera.saturation[:, None, None, None]
     black = camera.black[:, None, None, None]
     return (black + y.clamp(0, 1) * (1 - black)).clamp(0, 1)

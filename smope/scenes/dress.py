@@ -18,8 +18,8 @@ def draw_colour(
 ) -> tuple[NDArray[np.float32], float, tuple[float, float, float]]:
     """Affine map of an object's sRGB colours, a gamma, and low-frequency noise on its albedo.
 
-    Known objects keep their hue nearly; their scans carry the light of the scanner, so saturation, contrast and
-    brightness vary widely. Clutter is often painted anew.
+    Known objects keep their hue nearly; their scans carry the light of the scanner, so saturation, contrast
+    and brightness vary widely. Clutter is often painted anew.
     """
     if known:
         hue, saturation = rng.normal(0, 5.0), rng.uniform(0.75, 1.7)
@@ -35,7 +35,11 @@ def draw_colour(
         gamma = float(np.exp(rng.normal(0, 0.35)))
     matrix = np.diag(cast) @ _hue_saturation(hue, saturation) * contrast
     offset = np.full(3, 0.5 - 0.5 * contrast + brightness)
-    grain = (float(rng.uniform(0, 0.10)), float(np.exp(rng.uniform(np.log(15), np.log(150)))), float(rng.uniform(0, 6)))
+    grain = (
+        float(rng.uniform(0, 0.10)),
+        float(np.exp(rng.uniform(np.log(15), np.log(150)))),
+        float(rng.uniform(0, 6)),
+    )
     return np.column_stack([matrix, offset]).astype(np.float32), gamma, grain
 
 
@@ -55,6 +59,7 @@ def sample_materials(rng: np.random.Generator, config: SceneConfig) -> Floats:
     rough = np.where(rng.random(count) < 0.5, rng.uniform(0.2, 0.5, count), rng.uniform(0.4, 1.0, count))
     metal = np.where(rng.random(count) < 0.12, rng.uniform(0.2, 0.8, count), 0.0)
     specular = np.where(rng.random(count) < 0.25, 0.0, rng.uniform(0.2, 1.2, count))
+    metal[: config.max_targets + 1] *= rng.random() < 0.25  # few known objects are bare metal
     rough[-1], metal[-1] = rng.uniform(0.3, 1.0), 0.0
     specular[-1] = rng.uniform(0.0, 0.8)
     return np.stack([rough, metal, specular], axis=1)
@@ -67,7 +72,9 @@ def _placement(angle: float, centre: Floats, half: Floats) -> Floats:
     return np.column_stack([turn, -turn @ centre])
 
 
-def sample_layers(rng: np.random.Generator, config: SceneConfig, photos: int, sheets: int, boards: int) -> Fields:
+def sample_layers(
+    rng: np.random.Generator, config: SceneConfig, photos: int, sheets: int, boards: int
+) -> Fields:
     """The table top, perhaps a board on it, perhaps sheets (magazines, papers) on that."""
     layers = config.layers
     texture = np.zeros(layers)
@@ -76,16 +83,18 @@ def sample_layers(rng: np.random.Generator, config: SceneConfig, photos: int, sh
     base_angle = rng.uniform(0, 2 * np.pi)
     for k in range(layers):
         if k == 0:
-            photo = rng.random() < 0.35 and photos > 0
+            photo = rng.random() < 0.45 and photos > 0
             texture[k] = rng.integers(photos) if photo else photos + rng.integers(sheets)
             tile = np.exp(rng.uniform(np.log(0.15), np.log(1.5)))
-            uv[k] = _placement(rng.uniform(0, 2 * np.pi), rng.normal(0, 0.3, 2), np.array([tile, tile * 0.75]))
+            uv[k] = _placement(
+                rng.uniform(0, 2 * np.pi), rng.normal(0, 0.3, 2), np.array([tile, tile * 0.75])
+            )
             vast = rng.random() < 0.35
             half = rng.uniform(3, 6, 2) if vast else rng.uniform(0.25, 1.0, 2)
             extent[k] = _placement(base_angle, rng.normal(0, 0.12, 2), half)
             texels[k] = 256 / tile
         else:
-            present = rng.random() < (0.6 if k == 1 else 0.5)
+            present = rng.random() < (0.65 if k == 1 else 0.6)
             board = k == 1 and rng.random() < 0.75
             if board:
                 texture[k] = photos + sheets + rng.integers(boards)
@@ -122,7 +131,7 @@ def sample_background(rng: np.random.Generator, photos: int, sheets: int) -> Fie
     environment = float(rng.random() < 0.08)
     gain = np.exp(rng.normal(-0.5, 0.6))
     return {
-        "background": np.array([index, gain, rng.uniform(0, 0.9), environment]),
+        "background": np.array([index, gain, max(0.0, rng.uniform(-0.7, 0.8)), environment]),
         "background_uv": np.column_stack([turn, shift]),
     }
 
@@ -135,9 +144,14 @@ def _temperature(rng: np.random.Generator) -> Floats:
 
 
 def sample_lights(
-    rng: np.random.Generator, config: SceneConfig, R_CW: Floats, centres: Floats, environments: int, table: bool
+    rng: np.random.Generator,
+    config: SceneConfig,
+    R_CW: Floats,
+    centres: Floats,
+    environments: int,
+    table: bool,
 ) -> Fields:
-    """Environment map, directional lights from above, light views around the objects at `centres` [k, 3] (camera)."""
+    """Environment map, lights from above, light views around objects at `centres` [k, 3] (camera frame)."""
     directions = rng.normal(0, 1, (config.lights, 3))
     directions[:, 2] = np.abs(directions[:, 2]) * 1.2 + 0.35
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -148,9 +162,14 @@ def sample_lights(
     colours = np.stack([_temperature(rng) for _ in range(config.lights)]) * strength[:, None]
     in_camera = directions @ R_CW.T
     middle = np.median(centres, axis=0) if len(centres) else np.array([0.0, 0.0, 1.0])
-    reach = float(np.clip(np.linalg.norm(centres - middle, axis=1).max() + 0.2, 0.3, 1.0)) if len(centres) else 0.5
+    reach = (
+        float(np.clip(np.linalg.norm(centres - middle, axis=1).max() + 0.2, 0.3, 1.0))
+        if len(centres)
+        else 0.5
+    )
     yaw = rng.uniform(0, 2 * np.pi)
     R_EW = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1.0]])
+    softness = np.array([np.exp(rng.uniform(np.log(0.003), np.log(0.03))), rng.uniform(0.02, 0.05)])
     texel = 2 * reach / config.shadow_size
     views = [light_view(d, middle, reach) for d in (in_camera[0], R_CW[:, 2])]
     assert len(views) == MAPS
@@ -160,7 +179,7 @@ def sample_lights(
         "light_direction": in_camera,
         "light_colour": colours,
         "light_view": np.stack(views),
-        "light_softness": np.array([np.exp(rng.uniform(np.log(0.003), np.log(0.03))), rng.uniform(0.02, 0.05)]) / texel,
+        "light_softness": softness / texel,
         "light_strength": np.array([rng.uniform(0.6, 1.0), rng.uniform(0.3, 0.9)]),
         "occlusion": np.array([rng.uniform(0.0, 0.5), rng.uniform(0.02, 0.08)]),
     }

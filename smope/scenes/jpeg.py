@@ -17,6 +17,8 @@ _TO_YCC = torch.tensor(
     [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
 )  # JFIF
 
+_TO_RGB = torch.linalg.inv(_TO_YCC)
+
 
 def jpeg(images: Tensor, quality: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] in 0..1 after coding at `quality` [B] in 1..100 and decoding."""
@@ -30,7 +32,7 @@ def jpeg(images: Tensor, quality: Tensor) -> Tensor:
     chroma = _quantise(F.avg_pool2d(ycc[:, 1:], 2), _table(_CHROMA, quality))
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)
     decoded = torch.cat([luma + 128, chroma], dim=1)
-    rgb = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(matrix), decoded) / 255
+    rgb = torch.einsum("ij,bjhw->bihw", _TO_RGB.to(images), decoded) / 255
     return rgb[:, :, :height, :width].clamp(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Light on the G-buffer, batched: environment irradiance and reflection, directional lights, shadows, occlusion."""
+"""Light on the G-buffer, batched: environment, directional lights, shadows, occlusion."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Environments:
         radiance = torch.as_tensor(maps.astype(np.float32), device=device).permute(0, 3, 1, 2)  # [E, 3, h, w]
         luma = radiance.mean(dim=1, keepdim=True)
         radiance = torch.minimum(radiance, 25 * luma.mean(dim=(2, 3), keepdim=True))
-        directions, solid = _sphere_grid(*radiance.shape[-2:], device=device)
+        directions, solid = _sphere_grid(radiance.shape[-2], radiance.shape[-1], device)
         mean = (radiance * solid).sum(dim=(1, 2, 3), keepdim=True) / (3 * 4 * torch.pi)
         radiance = radiance / mean.clamp(min=1e-6)
         basis = sh_basis(directions.reshape(1, 3, -1))[0]  # [9, hw]
         moments = torch.einsum("ecp,kp->ekc", (radiance * solid).flatten(2), basis)
         irradiance = moments * _COSINE_LOBE.to(device)[:, None]
         small = F.interpolate(radiance, (32, 64), mode="area")
-        centres, weight = _sphere_grid(32, 64, device=device)
+        centres, weight = _sphere_grid(32, 64, device)
         flat = centres.reshape(3, -1)
         cosine = (flat.T @ flat).clamp(-1, 1)  # [2048, 2048]
         levels = []
@@ -87,7 +87,11 @@ def sample_environment(maps: Tensor, directions: Tensor) -> Tensor:
     # Column 0 is at +x: shift by half a turn so that the seam of atan2 is the seam of the rolled map.
     rolled = maps.roll(maps.shape[-1] // 2, dims=-1)
     return F.grid_sample(
-        rolled, torch.stack([across, down], dim=-1), mode="bilinear", padding_mode="border", align_corners=False
+        rolled,
+        torch.stack([across, down], dim=-1),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
     )
 
 
@@ -103,11 +107,12 @@ def shade(
 ) -> Tensor:
     """Radiance [B, 3, H, W] that the surface sends to the camera, linear.
 
-    albedo [B, 3, H, W] linear; normal, view: unit, camera frame, view towards the camera; material: roughness,
-    metalness, specular level [B, 1, H, W]; shadow of the main light and of the sky [B, 1, H, W], 1 where lit.
+    albedo [B, 3, H, W] linear; normal, view: unit, camera frame, view towards the camera; material:
+    roughness, metalness, specular level [B, 1, H, W]; shadow of the main light and of the sky
+    [B, 1, H, W], 1 where lit.
     """
     roughness, metalness, specular = material
-    batch, _, height, width = albedo.shape
+    height, width = albedo.shape[-2:]
     which = scene["environment"][:, 0].long()
     gain = scene["environment"][:, 1, None, None, None]
     rotation = scene["R_EC"]  # [B, 3, 3]
@@ -125,7 +130,8 @@ def shade(
     base = 0.04 * specular
     f0 = torch.lerp(base.expand_as(albedo), albedo, metalness)
     # Split-sum environment BRDF, analytic fit (Karis 2014, "Physically based shading on mobile").
-    grow = torch.minimum((1 - roughness).square(), torch.exp2(-9.28 * facing)) * (1 - roughness) + 0.0425 - 0.0275 * roughness
+    r0 = 1 - roughness
+    grow = torch.minimum(r0.square(), torch.exp2(-9.28 * facing)) * r0 + 0.0425 - 0.0275 * roughness
     scale, bias = -1.04 * grow + 1.04 - 0.572 * roughness, 1.04 * grow - 0.04 + 0.022 * roughness
     glossy = (f0 * scale.clamp(min=0) + (bias * specular.clamp(max=1)).clamp(min=0)) * mirrored
     diffuse_albedo = albedo * (1 - metalness)
@@ -152,8 +158,8 @@ def shade(
 def shadows(light: Tensor, points: Tensor, scene: dict[str, Tensor]) -> Tensor:
     """[B, MAPS, H, W] share of each light view that reaches camera points [B, 3, H, W].
 
-    Variance shadow maps (Donnelly & Lauritzen 2006): a blurred map of depth and its square bounds the share of
-    occluders nearer than the point (Chebyshev), at one look-up a pixel. light [B, MAPS, S, S] depth 0..1.
+    Variance shadow maps (Donnelly & Lauritzen 2006): a blurred map of depth and its square bounds the share
+    of occluders nearer than the point (Chebyshev), at one look-up a pixel. light [B, MAPS, S, S] depth 0..1.
     """
     batch, maps, size, _ = light.shape
     depth = _fill_with_plane(light * 2 - 1, scene)
@@ -165,7 +171,11 @@ def shadows(light: Tensor, points: Tensor, scene: dict[str, Tensor]) -> Tensor:
     mapped = view[:, :, :3] @ repeated + view[:, :, 3:]
     mapped = mapped.unflatten(2, points.shape[-2:])
     looked = F.grid_sample(
-        moments, mapped[:, :2].permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False
+        moments,
+        mapped[:, :2].permute(0, 2, 3, 1),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
     )
     mean, square = looked.unbind(dim=1)
     # One texel across is a quarter of that in the depth unit along; the bias follows the blur.
@@ -182,16 +192,15 @@ def _fill_with_plane(depth: Tensor, scene: dict[str, Tensor]) -> Tensor:
     size = depth.shape[-1]
     cells = (torch.arange(size, device=depth.device) + 0.5) * (2 / size) - 1
     view = scene["light_view"]  # [B, MAPS, 3, 4]
-    # Plane n . x = d in the view's coordinates y = A x + b: (A^-T n) . y = d + (A^-T n) . b
-    normal = torch.linalg.solve(
-        view[..., :3].transpose(-1, -2), scene["plane"][:, None, :3, None].expand(-1, view.shape[1], -1, -1)
-    )[..., 0]
+    # Plane n . x = d in the view's coordinates y = A x + b: m . y = d + m . b with m = A^-T n. The rows of A
+    # are orthogonal, so that A^-T is A with each row divided by its squared length.
+    axes = view[..., :3]
+    normal = (axes @ scene["plane"][:, None, :3, None])[..., 0] / axes.square().sum(dim=-1)
     offset = scene["plane"][:, None, 3] + (normal * view[..., 3]).sum(dim=-1)
     slope = normal[..., 2].abs().clamp(min=1e-3) * normal[..., 2].sign()
     x, y = cells[None, None, None, :], cells[None, None, :, None]
-    plane = (offset[..., None, None] - normal[..., 0, None, None] * x - normal[..., 1, None, None] * y) / slope[
-        ..., None, None
-    ]
+    along = normal[..., 0, None, None] * x + normal[..., 1, None, None] * y
+    plane = (offset[..., None, None] - along) / slope[..., None, None]
     table = scene["table"][:, None, None, None] > 0
     plane = torch.where(table, plane.clamp(-3, 3), torch.full_like(plane, 1.0))
     return torch.where(depth < 0.9999, depth, plane)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
-import fast_simplification
 import numpy as np
 import trimesh
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
+from trimesh.visual import ColorVisuals, TextureVisuals
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
@@ -32,7 +33,7 @@ class PreparedMesh:
     rest_weights: Floats  # [R] sum to 1
     scale_known: bool = True
 
-    @property
+    @cached_property
     def diameter(self) -> float:
         """Diagonal of the bounding box, metres."""
         return float(np.linalg.norm(np.ptp(self.hull, axis=0)))
@@ -77,9 +78,9 @@ def prepare_mesh(
 def vertex_colors(mesh: trimesh.Trimesh) -> NDArray[np.uint8]:
     """[V, 3] sRGB; textures are baked, a mesh without colours is light grey."""
     visual = mesh.visual
-    if visual is not None and visual.kind == "texture":
+    if isinstance(visual, TextureVisuals):
         visual = visual.to_color()
-    if visual is None or visual.kind is None:
+    if not isinstance(visual, ColorVisuals) or visual.kind is None:
         return np.full((len(mesh.vertices), 3), 180, dtype=np.uint8)
     return np.ascontiguousarray(np.asarray(visual.vertex_colors)[:, :3], dtype=np.uint8)
 
@@ -87,23 +88,23 @@ def vertex_colors(mesh: trimesh.Trimesh) -> NDArray[np.uint8]:
 def weld(
     vertices: NDArray[np.float64], faces: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Merge vertices closer than 1e-5 of the size and drop faces that collapse; also the kept vertices' indices."""
+    """Merge vertices closer than 1e-5 of the size, drop faces that collapse; also which were kept."""
     step = max(float(np.ptp(vertices, axis=0).max()), 1e-9) * 1e-5
     keys = np.round(vertices / step).astype(np.int64)
     _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     merged = inverse.reshape(-1)[faces]
-    whole = (
-        (merged[:, 0] != merged[:, 1]) & (merged[:, 1] != merged[:, 2]) & (merged[:, 0] != merged[:, 2])
-    )
+    whole = (merged[:, 0] != merged[:, 1]) & (merged[:, 1] != merged[:, 2]) & (merged[:, 0] != merged[:, 2])
     return vertices[first], merged[whole], first
 
 
 def decimate(
     vertices: NDArray[np.float64], faces: NDArray[np.int64], count: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Quadric decimation to about `count` faces; the mesh itself where it is small already or decimation fails."""
+    """Quadric decimation to about `count` faces; the mesh itself where it is small or decimation fails."""
     if len(faces) <= count:
         return vertices, faces
+    import fast_simplification  # here, because a machine that only renders prepared meshes needs none
+
     points, triangles = fast_simplification.simplify(
         vertices.astype(np.float32), faces.astype(np.int32), target_count=count
     )
@@ -139,8 +140,8 @@ def crease(
     left = np.repeat(np.arange(len(corner_vertex)), repeats)
     offset = np.arange(len(left)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     right = order[starts[corner_vertex[left]] + offset]
-    near = np.einsum("ij,ij->i", unit[corner_face[left]], unit[corner_face[right]]) > np.cos(np.deg2rad(angle_deg))
-    near |= left == right
+    cosine = np.einsum("ij,ij->i", unit[corner_face[left]], unit[corner_face[right]])
+    near = (cosine > np.cos(np.deg2rad(angle_deg))) | (left == right)
     normals = np.zeros((len(corner_vertex), 3))
     np.add.at(normals, left[near], weighted[corner_face[right[near]]])
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
@@ -153,8 +154,8 @@ def crease(
 def resting_poses(hull: trimesh.Trimesh, most: int = 12) -> tuple[Floats, Floats]:
     """Rotations [R, 3, 3] in which a convex body lies stably on z = 0, and how often it comes to each.
 
-    A body dropped onto a hull face tips over the edge beyond which its centre projects, until a face holds it
-    (Goldberg et al., "Part pose statistics", 1999); the faces' solid angles seen from the centre are the odds.
+    A body dropped onto a hull face tips over the edge beyond which its centre projects, until a face holds
+    it (Goldberg et al., "Part pose statistics", 1999); the solid angles seen from the centre are the odds.
     """
     triangles = np.asarray(hull.triangles)
     centre = np.asarray(hull.center_mass) if hull.is_volume else triangles.mean(axis=(0, 1))

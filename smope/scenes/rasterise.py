@@ -1,4 +1,4 @@
-"""The G-buffer: colours, normals, depth, light views and silhouettes of a scene, drawn with OpenGL over EGL."""
+"""The G-buffer of a scene, its light views and silhouettes, drawn with OpenGL over EGL."""
 
 from __future__ import annotations
 
@@ -110,14 +110,13 @@ def create_context(device_index: int | None = None) -> Any:
         import moderngl
     except ImportError as error:
         raise MissingEGLError("rendering needs moderngl: pip install 'smope[train]'") from error
+    create: Any = moderngl.create_standalone_context
     options = [{"device_index": device_index}, {}] if device_index else [{}]
     for option in options:
         try:
-            context = moderngl.create_standalone_context(backend="egl", **option)
+            return create(backend="egl", **option)
         except Exception as error:  # glcontext raises bare Exception
             cause = error
-            continue
-        return context
     raise MissingEGLError(
         f"no OpenGL context over EGL ({cause}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri "
         "(Mesa draws in software where there is no GPU; on an NVIDIA GPU the driver's own EGL is used, in a "
@@ -219,7 +218,8 @@ class Rasteriser:
             self._plain["projection"].write(np.ascontiguousarray(matrix.T))
             for draw, uniform in zip(scene.draws, uniforms, strict=True):
                 self._render_coarse(draw.mesh, uniform)
-        self._light.read_into(out.light, viewport=(0, 0, size, size * MAPS), components=1, attachment=-1, dtype="f4")
+        whole = (0, 0, size, size * MAPS)
+        self._light.read_into(out.light, viewport=whole, components=1, attachment=-1, dtype="f4")
 
     def _draw_tiles(self, scene: Scene, uniforms: list[NDArray[np.float32]], out: GBuffer) -> None:
         c = self.config
@@ -255,8 +255,8 @@ def _uniform(draw: Draw) -> NDArray[np.float32]:
 def _clip_matrix(K: NDArray[Any], window: tuple[float, ...], near: float, far: float) -> NDArray[np.float32]:
     """OpenCV camera point to clip coordinates, column-major as GL wants it.
 
-    `window` (u0, v0, u1, v1) in pixels is what fills the viewport; v grows with GL's rows, so that reading from
-    the lowest row upward gives the picture from its top.
+    `window` (u0, v0, u1, v1) in pixels is what fills the viewport; v grows with GL's rows, so that reading
+    from the lowest row upward gives the picture from its top.
     """
     u0, v0, u1, v1 = window
     width, height = max(u1 - u0, 1e-6), max(v1 - v0, 1e-6)

@@ -57,7 +57,8 @@ class SceneSampler:
         else:
             placed = self._free(rng, wanted, K)
             # World up is somewhere on the camera's upper side: lights and the environment hang on it.
-            R_CW = Rotation.from_euler("xz", [rng.uniform(-150, -60), rng.normal(0, 30)], degrees=True).as_matrix()
+            tilt = [rng.uniform(-150, -60), rng.normal(0, 30)]
+            R_CW = Rotation.from_euler("xz", tilt, degrees=True).as_matrix()
             t_CW = np.array([0.0, 0.0, 0.8])
             for item in placed:
                 item.R, item.t = R_CW.T @ item.R, R_CW.T @ (item.t - t_CW)
@@ -89,7 +90,7 @@ class SceneSampler:
         pool = self._invented if invented or len(self._known) == 0 else self._known
         return len(self.targets) + int(rng.choice(pool))
 
-    def _resting(self, rng: np.random.Generator, index: int, target: int) -> Placed:
+    def _resting(self, rng: np.random.Generator, index: int, target: int, scale: float = 1.0) -> Placed:
         """An instance standing or lying on z = 0 at the origin."""
         c, mesh = self.config, self.mesh(index)
         if target >= 0 and rng.random() < c.upright_probability:
@@ -102,7 +103,7 @@ class SceneSampler:
         if rng.random() < c.tilt_probability:
             R = Rotation.from_rotvec(rng.normal(0, np.deg2rad(15), 3)).as_matrix() @ R
         if target < 0:
-            R = R * rng.uniform(*c.clutter_scale)
+            R = R * (scale * rng.uniform(*c.clutter_scale))
         points = mesh.hull @ R.T
         low, high = points.min(axis=0), points.max(axis=0)
         extent = (high - low)[:2]
@@ -132,8 +133,8 @@ class SceneSampler:
             item.t = item.t + np.array([*position, 0.0])
         if self.clutter:
             for _ in range(int(rng.integers(c.far_clutter[0], c.far_clutter[1] + 1))):
-                item = self._resting(rng, self._choose_clutter(rng), -1)
-                angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.9) + item.radius
+                item = self._resting(rng, self._choose_clutter(rng), -1, rng.uniform(*c.far_scale))
+                angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 1.2) + item.radius
                 item.t = item.t + away * np.array([np.cos(angle), np.sin(angle), 0.0])
                 items.append(item)
         return items
@@ -217,7 +218,13 @@ class SceneSampler:
         return placed
 
     def _assemble(
-        self, rng: np.random.Generator, placed: list[Placed], K: Floats, R_CW: Floats, t_CW: Floats, table: bool
+        self,
+        rng: np.random.Generator,
+        placed: list[Placed],
+        K: Floats,
+        R_CW: Floats,
+        t_CW: Floats,
+        table: bool,
     ) -> Scene:
         c = self.config
         fields = {
@@ -265,7 +272,7 @@ class SceneSampler:
 def _free_spot(
     rng: np.random.Generator, radius: float, centres: Floats, radii: Floats, spread: float, overlap: float
 ) -> Floats:
-    """A place near the heap's middle where a circle overlaps the others no more than allowed, or the least."""
+    """A place near the heap's middle where a circle overlaps others no more than allowed, or the least."""
     tries = rng.normal(0, 1, (48, 2)) * spread * np.linspace(0.4, 2.0, 48)[:, None]
     if len(centres) == 0:
         return tries[0]

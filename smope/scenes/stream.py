@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
 from types import TracebackType
@@ -31,10 +32,10 @@ Moved = tuple[int, dict[str, Tensor], "torch.cuda.Event | None"]
 
 
 class SceneStream:
-    """Iterable over `Batch`; batch i depends on `seed` and i alone, however many workers draw it.
+    """Endless iterable over `Batch`; batch i depends on `seed` and i alone, whoever draws it.
 
-    `objects` become labels 0, 1, ... in their order. `workers` processes rasterise (0: in this process); light,
-    shadow and camera run in torch on `device`. Close it, or use it as a context manager.
+    `objects` become labels 0, 1, ... in their order. `workers` processes rasterise (0: in this process);
+    light, shadow and camera run in torch on `device`. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class SceneStream:
             self._rasteriser = Rasteriser(meshes, self.config, self._index)
         raw = RawBatch.empty(self.batch_size, self.config, shared=False)
         for image, view in enumerate(raw.views()):
-            render_one(self._sampler, self._rasteriser, self._image_seed(number, image), view)
+            render_one(self._sampler, self._rasteriser, image_seed(self.seed, number, image), view)
         return raw
 
     @torch.no_grad()
@@ -158,18 +159,10 @@ class SceneStream:
     ) -> None:
         self.close()
 
-    def _image_seed(self, number: int, image: int) -> tuple[int, ...]:
-        return (self.seed, number, 0, image)
 
-
-class _SeedOf:
-    """The seed of an image; a class, so that no closure has to travel."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __call__(self, number: int, image: int) -> tuple[int, ...]:
-        return (self.seed, number, 0, image)
+def image_seed(seed: int, number: int, image: int) -> tuple[int, ...]:
+    """What image `image` of batch `number` is drawn from."""
+    return (seed, number, 0, image)
 
 
 class _Feed:
@@ -181,7 +174,7 @@ class _Feed:
             stream._sampler,
             stream._workers,
             stream.batch_size,
-            _SeedOf(stream.seed),
+            partial(image_seed, stream.seed),
             slots=stream._slots,
             first=first,
             device_index=stream._index,
@@ -240,9 +233,10 @@ class _Feed:
     def _put(self, item: Moved | BaseException) -> None:
         while not self._stop.is_set():
             try:
-                return self._ready.put(item, timeout=0.2)
+                self._ready.put(item, timeout=0.2)
             except Full:
                 continue
+            return
 
     def _pin(self) -> list[int]:
         """Register the shared memory with CUDA, so that copies run at full speed beside the training."""

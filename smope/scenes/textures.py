@@ -70,7 +70,7 @@ def _print(rng: np.random.Generator, height: int, width: int) -> NDArray[np.floa
     """Something like a printed page: blocks of colour and lines of text-like dashes."""
     picture = np.broadcast_to(_colour(rng, bright=True)[:, None, None], (3, height, width)).copy()
     for _ in range(int(rng.integers(3, 9))):
-        y0, x0 = rng.integers(0, height), rng.integers(0, width)
+        y0, x0 = int(rng.integers(0, height)), int(rng.integers(0, width))
         y1, x1 = y0 + rng.integers(height // 10, height // 2), x0 + rng.integers(width // 10, width // 2)
         picture[:, y0:y1, x0:x1] = _colour(rng)[:, None, None]
     ink = _colour(rng) * 0.3
@@ -92,7 +92,9 @@ def _colour(rng: np.random.Generator, bright: bool = False) -> NDArray[np.float6
     return np.clip(level + rng.uniform(-spread, spread, 3), 0.02, 1.0)
 
 
-def _noise(rng: np.random.Generator, height: int, width: int, octaves: int, slope: float) -> NDArray[np.float64]:
+def _noise(
+    rng: np.random.Generator, height: int, width: int, octaves: int, slope: float
+) -> NDArray[np.float64]:
     """Sum of bilinear value-noise octaves, scaled to 0..1."""
     total = np.zeros((height, width))
     for octave in range(octaves):

@@ -33,7 +33,7 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class RawBatch:
-    """G-buffers and scene numbers of one batch on the CPU; names as in GBuffer, and `rows` [B, scene_size]."""
+    """G-buffers and scenes of one batch on the CPU: names as in GBuffer, and `rows` [B, scene_size]."""
 
     arrays: dict[str, Tensor]
 
@@ -41,7 +41,9 @@ class RawBatch:
     def empty(cls, batch: int, config: SceneConfig, shared: bool) -> RawBatch:
         arrays = {}
         for name, (shape, kind) in GBuffer.shapes(config).items():
-            arrays[name] = torch.zeros((batch, *shape), dtype=torch.uint8 if kind is np.uint8 else torch.float32)
+            arrays[name] = torch.zeros(
+                (batch, *shape), dtype=torch.uint8 if kind is np.uint8 else torch.float32
+            )
         arrays["rows"] = torch.zeros((batch, scene_size(config)))
         if shared:
             for tensor in arrays.values():
@@ -56,7 +58,10 @@ class RawBatch:
 
 
 def render_one(
-    sampler: SceneSampler, rasteriser: Rasteriser, seed: tuple[int, ...], out: tuple[GBuffer, NDArray[np.float32]]
+    sampler: SceneSampler,
+    rasteriser: Rasteriser,
+    seed: tuple[int, ...],
+    out: tuple[GBuffer, NDArray[np.float32]],
 ) -> None:
     scene = sampler(seed)
     rasteriser.draw(scene, out[0])
@@ -113,7 +118,7 @@ class WorkerPool:
         self._seed_of, self._batch_size = seed_of, batch_size
         self._left: dict[int, int] = {}
         self._where: deque[tuple[int, int]] = deque()
-        self._next = first
+        self._next, self._closed = first, False
         self._processes = [
             context.Process(
                 target=_work,
@@ -146,7 +151,9 @@ class WorkerPool:
             except Empty:
                 dead = [p.exitcode for p in self._processes if not p.is_alive()]
                 if dead:
-                    raise WorkerError(f"a scene worker ended with exit code {dead[0]} and no traceback") from None
+                    raise WorkerError(
+                        f"a scene worker ended with exit code {dead[0]} and no traceback"
+                    ) from None
                 continue
             if failure is not None:
                 raise WorkerError(f"a scene worker failed:\n{failure}")
@@ -156,7 +163,10 @@ class WorkerPool:
         return batch, slot
 
     def close(self) -> None:
-        """End the workers; at most a few seconds."""
+        """End the workers, within a few seconds; calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         for _ in self._processes:
             self._tasks.put(None)
         deadline = time.monotonic() + 0.5
