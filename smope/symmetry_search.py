@@ -60,13 +60,12 @@ def find_symmetries(
             axis = surface.refined(direction, order)
             if axis is None or any(_same_line(axis.axis, known.axis, 5.0) for known in axes):
                 continue
+            if axis.order == 0:
+                # Then only a ball turns about other lines, or a body that may be flipped end for end.
+                flip = surface.refined(_perpendicular(axis.axis), 2)
+                return [axis] if flip is None else [axis, flip]
             axes.append(axis)
-            endless = [known for known in axes if known.order == 0]
-            if len(endless) == 2:
-                return endless  # a ball
-            if endless and axis.order:
-                return [*endless, axis]  # one flip across the axis stands for all of them
-    return sorted(axes, key=lambda axis: (axis.order != 0, -axis.order))
+    return sorted(axes, key=lambda axis: -axis.order)
 
 
 def symmetries_of(axes: list[SymmetryAxis]) -> Symmetries:
@@ -195,6 +194,12 @@ def _axis_of(rotation: Tensor, near: Tensor) -> Tensor:
     """The unit axis of a rotation, on the side of `near`: R + R^T has it for its largest eigenvalue."""
     axis = torch.linalg.eigh(rotation + rotation.T).eigenvectors[:, -1]
     return axis if axis @ near.double() >= 0 else -axis
+
+
+def _perpendicular(axis: Tensor) -> Tensor:
+    """A unit vector square to `axis`."""
+    other = torch.eye(3, dtype=axis.dtype)[int(axis.abs().argmin())]
+    return F.normalize(torch.linalg.cross(axis, other), dim=0)
 
 
 def _hemisphere(count: int) -> Tensor:
