@@ -57,11 +57,11 @@ RUN = RunConfig(
 )
 SCENES = SceneConfig(
     width=160,
-    height=128,
+    height=120,
     fx=143.0,
     fy=143.0,
     cx=79.5,
-    cy=63.5,
+    cy=59.5,
     clutter=(0, 0),
     far_clutter=(0, 0),
     targets=(1, 2),
@@ -94,8 +94,8 @@ def fitted(meshes: dict[str, trimesh.Trimesh], tmp_path_factory: pytest.TempPath
 def test_fit_leaves_a_model_that_predicts_and_all_its_records(fitted: Path) -> None:
     model = SMOPE.from_pretrained(fitted / "model")
     assert list(model.objects) == ["brick", "can"]
-    assert model.config.image_size == (160, 128)
-    poses = model.predict(np.zeros((128, 160, 3), np.uint8), threshold=0.0)
+    assert model.config.image_size == (160, 120)
+    poses = model.predict(np.zeros((120, 160, 3), np.uint8), threshold=0.0)
     assert torch.isfinite(poses.T_CO).all()
     record = json.loads((fitted / "run.json").read_text())
     assert record["about"]["objects"] == ["brick", "can"]

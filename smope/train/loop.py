@@ -52,7 +52,6 @@ class LoopState:
     step: int = 0
     warm_steps: int = 0  # since the optimiser was fresh
     seconds: float = 0.0  # of the budget that are spent
-    images_per_second: float = 0.0  # of the last piece
 
 
 @dataclass
@@ -267,7 +266,6 @@ class Loop:
             return
         if rate is not None:
             values["learning_rate"] = rate
-        self.state.images_per_second = values["images_per_second"]
         self.curves.add(self.state.seconds / 60, self.state.step, values)
         self.curves.write()
         log.info(

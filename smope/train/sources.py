@@ -48,8 +48,8 @@ def scene_source(
     """Rendered scenes; each process renders its own, and the held-out ones have backgrounds of their own."""
     own = _every(assets, _HELD_OUT_BACKGROUNDS, kept_out=False)
 
-    def stream(start: int) -> SceneStream:
-        return SceneStream(
+    def stream(start: int) -> Iterator[Batch]:
+        scenes = SceneStream(
             objects,
             assets=own,
             config=config,
@@ -59,6 +59,7 @@ def scene_source(
             batch_size=run.batch_size,
             start=start,
         )
+        return _padded_scenes(scenes)
 
     held_out: tuple[Batch, ...] = ()
     if rank == 0:
@@ -73,7 +74,7 @@ def scene_source(
             batch_size=run.batch_size,
         )
         count = -(-run.eval_images // run.batch_size)
-        with opened(batches) as iterator:
+        with opened(_padded_scenes(batches)) as iterator:
             held_out = tuple(_light(next(iterator)) for _ in range(count))
     K = torch.tensor([[config.fx, 0.0, config.cx], [0.0, config.fy, config.cy], [0.0, 0.0, 1.0]])
     return Source(stream, held_out, (config.width, config.height), K)
@@ -128,6 +129,9 @@ def record_source(
 def padded(batch: Batch, slots: int) -> Batch:
     """The batch with sides that are multiples of 32 pixels, and with `slots` object slots."""
     more = slots - batch.labels.shape[1]
+    height, width = batch.images.shape[-2:]
+    if not (more or height % 32 or width % 32):
+        return batch
     changes: dict[str, Any] = {
         "images": pad_to_multiple(batch.images),
         "labels": F.pad(batch.labels, (0, more), value=-1),
@@ -142,6 +146,12 @@ def padded(batch: Batch, slots: int) -> Batch:
     if batch.full_masks is not None:
         changes["full_masks"] = F.pad(batch.full_masks, (0, 0, 0, 0, 0, more))
     return replace(batch, **changes)
+
+
+def _padded_scenes(scenes: SceneStream) -> Iterator[Batch]:
+    with opened(scenes) as batches:
+        for batch in batches:
+            yield padded(batch, batch.labels.shape[1])
 
 
 def _drawn(records: Sequence[Record], index: int, size: int, seed: int) -> list[Record]:
