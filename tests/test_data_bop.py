@@ -125,17 +125,17 @@ def _edit(file: Path, *keys: str | int, value: object) -> None:
             "scene_gt.json",
             ("7", 1, "cam_t_m2c"),
             [1, 2],
-            "image '7', instance 1.*3 numbers expected, 2 given",
+            "line 1, at 7 / 1: 3 numbers expected, 2 given",
         ),
-        ("scene_gt.json", ("7", 1, "cam_t_m2c"), [1, 2, float("nan")], "image '7', instance 1.*finite"),
-        ("scene_gt.json", ("7", 1, "cam_R_m2c"), [2, 0, 0, 0, 2, 0, 0, 0, 2], "instance 1.*not a rotation"),
-        ("scene_gt.json", ("7", 1, "cam_R_m2c"), [1, 0, 0, 0, 1, 0, 0, 0, -1], "instance 1.*not a rotation"),
-        ("scene_gt.json", ("7", 1, "obj_id"), 9, "object 9 is unknown"),
-        ("scene_gt.json", ("7", 1), {"obj_id": 1}, "key 'cam_R_m2c' is missing"),
-        ("scene_gt_info.json", ("7",), [], "3 entries expected"),
-        ("scene_gt_info.json", ("7", 0, "visib_fract"), "much", "key 'visib_fract'.*1 numbers expected"),
-        ("scene_camera.json", ("7", "cam_K"), [0] * 9, "image '7', key 'cam_K'.*camera matrix"),
-        ("scene_camera.json", ("7",), {}, "key 'cam_K' is missing"),
+        ("scene_gt.json", ("7", 1, "cam_t_m2c"), [1, 2, float("nan")], "at 7 / 1: finite numbers"),
+        ("scene_gt.json", ("7", 1, "cam_R_m2c"), [2, 0, 0, 0, 2, 0, 0, 0, 2], "at 7 / 1: not a rotation"),
+        ("scene_gt.json", ("7", 1, "cam_R_m2c"), [1, 0, 0, 0, 1, 0, 0, 0, -1], "at 7 / 1: not a rotation"),
+        ("scene_gt.json", ("7", 1, "obj_id"), 9, "at 7 / 1 / obj_id: object 9 is unknown"),
+        ("scene_gt.json", ("7", 1), {"obj_id": 1}, "at 7 / 1: key 'cam_R_m2c' is missing"),
+        ("scene_gt_info.json", ("7",), [], "at 7: 3 entries expected"),
+        ("scene_gt_info.json", ("7", 0, "visib_fract"), "much", "at 7 / 0 / visib_fract: a finite number"),
+        ("scene_camera.json", ("7", "cam_K"), [0] * 9, "at 7 / cam_K: camera matrix"),
+        ("scene_camera.json", ("7",), {}, "at 7: key 'cam_K' is missing"),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -207,7 +207,7 @@ def test_csv_comes_back(
     T[:3, :3] = Rotation.from_rotvec(vector).as_matrix()
     T[:3, 3] = t
     file = tmp_path_factory.getbasetemp() / "comes_back.csv"
-    write_bop_csv(file, [Estimate(*ids, score, T, time)])
+    write_bop_csv(file, [Estimate(*ids, score, T, time=time)])
     (back,) = read_bop_csv(file)
     assert (back.scene_id, back.im_id, back.obj_id, back.score, back.time) == (*ids, score, time)
     np.testing.assert_array_equal(back.T_CO[:3, :3], T[:3, :3])
@@ -218,7 +218,7 @@ def test_csv_is_the_bop19_form(tmp_path: Path) -> None:
     T = np.eye(4)
     T[:3, :3] = [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
     T[:3, 3] = 0.001, -0.25, 1.5
-    write_bop_csv(tmp_path / "r.csv", [Estimate(2, 3, 8, 0.5, T, 0.125)])
+    write_bop_csv(tmp_path / "r.csv", [Estimate(2, 3, 8, 0.5, T, time=0.125)])
     assert (tmp_path / "r.csv").read_text() == (
         "scene_id,im_id,obj_id,score,R,t,time\n"
         "2,3,8,0.5,0.0 -1.0 0.0 1.0 0.0 0.0 0.0 0.0 1.0,1.0 -250.0 1500.0,0.125\n"
@@ -232,7 +232,7 @@ def test_csv_is_the_bop19_form(tmp_path: Path) -> None:
         ("2,3,8,0.5,1 0 0 0 1 0 0 0,0 0 1,1", "9 numbers expected, 8 given"),
         ("2,3,8,0.5,1 0 0 0 1 0 0 0 1,0 nan 1,1", "finite numbers expected"),
         ("2,3.5,8,0.5,1 0 0 0 1 0 0 0 1,0 0 1,1", "a whole number expected"),
-        ("2,3,8,high,1 0 0 0 1 0 0 0 1,0 0 1,1", "1 numbers expected"),
+        ("2,3,8,high,1 0 0 0 1 0 0 0 1,0 0 1,1", "a finite number expected"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, row: str, message: str) -> None:

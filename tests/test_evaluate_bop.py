@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import made_up_bop
 import numpy as np
 import pytest
 
-from smope.data.bop import BopDataset, Estimate
+from smope.data.bop import Estimate
 from smope.data.reading import DataError
-from smope.evaluate.bop import Pairing, bop_scores, geometries, match, pair_targets
+from smope.evaluate.bop import Pairing, bop_scores, match, pair_targets
 from smope.evaluate.run import evaluate_dataset
+from smope.evaluate.sets import PoseSet, load_pose_set
 
 
 def test_each_truth_is_matched_once_best_score_first() -> None:
@@ -23,9 +25,9 @@ def test_each_truth_is_matched_once_best_score_first() -> None:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["depth", "no depth"])
-def dataset(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> BopDataset:
+def pose_set(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> PoseSet:
     root = tmp_path_factory.mktemp("bop") / "madeup"
-    return BopDataset(made_up_bop.write(root, with_depth=request.param))
+    return load_pose_set(made_up_bop.write(root, with_depth=request.param), "bop")
 
 
 def _estimates(move: np.ndarray | None = None) -> list[Estimate]:
@@ -35,27 +37,27 @@ def _estimates(move: np.ndarray | None = None) -> list[Estimate]:
         for n, (obj_id, T) in enumerate(objects):
             T = T.copy()
             T[:3, 3] = T[:3, 3] / 1000 + (0 if move is None else move)
-            found.append(Estimate(5, im_id, obj_id, 1 - 0.1 * n, T, 0.5))
+            found.append(Estimate(5, im_id, obj_id, 1 - 0.1 * n, T))
     return found
 
 
-def _pair(dataset: BopDataset, estimates: list[Estimate]) -> list[Pairing]:
-    return pair_targets(dataset.targets, estimates, {5: dataset.scene(5)}, geometries(dataset, [1, 4]))
+def _pair(pose_set: PoseSet, estimates: list[Estimate]) -> list[Pairing]:
+    objects = {i: pose_set.geometry(i) for i in pose_set.names}
+    return pair_targets(pose_set.targets, estimates, pose_set.records, objects)
 
 
-def test_the_truth_scores_one(dataset: BopDataset) -> None:
-    scores = bop_scores(_pair(dataset, _estimates()))
-    has_depth = dataset.scene(5).records[2].depth_path is not None
+def test_the_truth_scores_one(pose_set: PoseSet) -> None:
+    scores = bop_scores(_pair(pose_set, _estimates()))
+    has_depth = pose_set.records[5, 2].depth_path is not None
     assert ("AR_VSD" in scores) == has_depth
     assert set(scores.values()) == {1.0}
 
 
-def test_a_symmetric_turn_is_right_and_any_other_is_not(dataset: BopDataset) -> None:
+def test_a_symmetric_turn_is_right_and_any_other_is_not(pose_set: PoseSet) -> None:
     turned = [
-        Estimate(e.scene_id, e.im_id, e.obj_id, e.score, e.T_CO @ made_up_bop.HALF_TURN, e.time)
-        for e in _estimates()
+        Estimate(e.scene_id, e.im_id, e.obj_id, e.score, e.T_CO @ made_up_bop.HALF_TURN) for e in _estimates()
     ]
-    pairings = _pair(dataset, turned)
+    pairings = _pair(pose_set, turned)
     symmetric = [p for p in pairings if p.target.obj_id == 4]
     assert bop_scores(symmetric)["AR_MSSD"] == 1.0
     plain = [p for p in pairings if p.target.obj_id == 1]
@@ -64,9 +66,9 @@ def test_a_symmetric_turn_is_right_and_any_other_is_not(dataset: BopDataset) -> 
     assert bop_scores(plain)["found"] == 1.0
 
 
-def test_a_shift_scores_what_the_hand_says(dataset: BopDataset) -> None:
+def test_a_shift_scores_what_the_hand_says(pose_set: PoseSet) -> None:
     """17 mm sideways. Diameters are 74.83 and 99.50 mm, so MSSD is 0.227 and 0.171 of them."""
-    pairings = _pair(dataset, _estimates(np.array([0.017, 0, 0])))
+    pairings = _pair(pose_set, _estimates(np.array([0.017, 0, 0])))
     by_object = {i: bop_scores([p for p in pairings if p.target.obj_id == i]) for i in (1, 4)}
     assert by_object[1]["AR_MSSD"] == pytest.approx(6 / 10)  # thresholds 0.25 to 0.50
     assert by_object[4]["AR_MSSD"] == pytest.approx(7 / 10)  # 0.20 to 0.50
@@ -83,36 +85,33 @@ def test_a_shift_scores_what_the_hand_says(dataset: BopDataset) -> None:
     assert bop_scores(pairings)["AR_MSPD"] == pytest.approx(hits / 60)
 
 
-def test_only_the_best_inst_count_estimates_of_a_target_are_taken(dataset: BopDataset) -> None:
+def test_only_the_best_inst_count_estimates_of_a_target_are_taken(pose_set: PoseSet) -> None:
     wrong = [
-        Estimate(e.scene_id, e.im_id, e.obj_id, e.score + 2, e.T_CO + np.eye(4, k=3), e.time)
+        Estimate(e.scene_id, e.im_id, e.obj_id, e.score + 2, e.T_CO + np.eye(4, k=3))
         for e in _estimates()
         if e.im_id == 31
     ]
-    scores = bop_scores(_pair(dataset, _estimates() + wrong))
+    scores = bop_scores(_pair(pose_set, _estimates() + wrong))
     assert scores["AR_MSSD"] == pytest.approx(5 / 6)
     assert scores["found"] == 1.0
 
 
-def test_a_missing_estimate_counts_as_a_miss(dataset: BopDataset) -> None:
-    scores = bop_scores(_pair(dataset, _estimates()[1:]))
+def test_a_missing_estimate_counts_as_a_miss(pose_set: PoseSet) -> None:
+    scores = bop_scores(_pair(pose_set, _estimates()[1:]))
     assert scores["AR_MSSD"] == pytest.approx(5 / 6)
     assert scores["found"] == pytest.approx(5 / 6)
 
 
 def test_vsd_follows_the_rendered_shift(tmp_path: Path) -> None:
     """Object 4 alone, a tenth further away than it is; VSD by rays cast at both."""
-    dataset = BopDataset(made_up_bop.write(tmp_path / "madeup"))
-    (target,) = [t for t in dataset.targets if t.im_id == 31]
+    pose_set = load_pose_set(made_up_bop.write(tmp_path / "madeup"), "bop")
     T = made_up_bop.poses()[31][0][1]
     depth = made_up_bop.ray_depth(made_up_bop.mesh(4), T)
     back = T.copy()
     back[:3, 3] *= 1.1
     back_depth = made_up_bop.ray_depth(made_up_bop.mesh(4), back)
     back[:3, 3] /= 1000
-    (pairing,) = pair_targets(
-        [target], [Estimate(5, 31, 4, 1.0, back)], {5: dataset.scene(5)}, geometries(dataset, [4])
-    )
+    (pairing,) = [p for p in _pair(pose_set, [Estimate(5, 31, 4, 1.0, back)]) if p.estimates]
     # The scene is the object itself. The moved one is seen where the true one is (within the truth's pixels),
     # and beside it, where the scene has no reading.
     v, u = np.mgrid[: made_up_bop.SIZE[1], : made_up_bop.SIZE[0]]
@@ -125,11 +124,15 @@ def test_vsd_follows_the_rendered_shift(tmp_path: Path) -> None:
     np.testing.assert_allclose(pairing.errors["vsd"][0, 0], expected, atol=0.03)
 
 
-def test_a_target_that_is_not_annotated_is_named(dataset: BopDataset) -> None:
-    scene = dataset.scene(5)
-    object.__setattr__(scene.records[31], "annotations", ())
-    with pytest.raises(DataError, match=r"scene_gt\.json, image 31: object 4: 1 target.*, 0 annotated"):
-        pair_targets(dataset.targets, [], {5: scene}, geometries(dataset, [1, 4]))
+def test_a_target_that_is_not_annotated_is_named(tmp_path: Path) -> None:
+    root = made_up_bop.write(tmp_path / "madeup")
+    targets = json.loads((root / "test_targets_bop19.json").read_text())
+    (root / "test_targets_bop19.json").write_text(json.dumps([{**targets[0], "inst_count": 2}]))
+    with pytest.raises(ValueError, match=r"000002\.png: 2 targets of object 1, 1 annotated"):
+        _pair(load_pose_set(root, "bop"), [])
+    (root / "test_targets_bop19.json").write_text(json.dumps([{**targets[0], "im_id": 3}]))
+    with pytest.raises(DataError, match=r"scene_camera\.json: image 3, which is a target, is missing"):
+        load_pose_set(root, "bop")
 
 
 @pytest.mark.parametrize(

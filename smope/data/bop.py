@@ -55,6 +55,7 @@ class Estimate:
     obj_id: int
     score: float
     T_CO: FloatArray  # [4, 4] metres
+    scale: FloatArray = field(default_factory=lambda: np.ones(3))  # [3] along the mesh's axes
     time: float = -1.0  # seconds for the whole image, -1 where not measured
     box_xyxy: FloatArray | None = None  # [4] pixels
     visibility: float | None = None
@@ -77,7 +78,7 @@ class BopScene:
         self.records: dict[int, Record] = {}  # by image id
         for key in sorted(cameras, key=str):
             with self.problems.skip():
-                image_id = reading.integer(key, self.folder / "scene_camera.json", f"image {key!r}")
+                image_id = reading.integer(key, self.folder / "scene_camera.json", (key,))
                 self.records[image_id] = self._record(image_id, key, cameras[key], truths, infos)
         self.records = dict(sorted(self.records.items()))
         self.problems.report(f"BOP scene {self.folder.name}")
@@ -105,18 +106,18 @@ class BopScene:
         truths: dict[str, Any] | None,
         infos: dict[str, Any] | None,
     ) -> Record:
-        file, where = self.folder / "scene_camera.json", f"image {key!r}"
-        K = reading.floats(reading.get(camera, "cam_K", file, where), (3, 3), file, f"{where}, key 'cam_K'")
+        file = self.folder / "scene_camera.json"
+        K = reading.floats(reading.get(camera, "cam_K", file, (key,)), (3, 3), file, (key, "cam_K"))
         stem = f"{image_id:06d}"
         image_path = reading.find_image([self.folder / "rgb", self.folder / "gray"], stem, _IMAGE_SUFFIXES)
         depth_path = self.folder / "depth" / f"{stem}.png"
         return Record(
             key=f"{self.folder.name}/{stem}",
             image_path=image_path,
-            K=reading.check_intrinsics(K, file, f"{where}, key 'cam_K'"),
+            K=reading.check_intrinsics(K, file, (key, "cam_K")),
             annotations=() if truths is None else tuple(self._annotations(key, stem, truths, infos)),
             depth_path=depth_path if depth_path.exists() else None,
-            depth_scale=float(reading.floats([camera.get("depth_scale", 1.0)], (1,), file, where)[0]),
+            depth_scale=reading.number(camera.get("depth_scale", 1.0), file, (key, "depth_scale")),
             scene_id=self.scene_id,
             image_id=image_id,
         )
@@ -125,30 +126,29 @@ class BopScene:
         self, key: str, stem: str, truths: dict[str, Any], infos: dict[str, Any] | None
     ) -> Iterator[Annotation]:
         file, info_file = self.folder / "scene_gt.json", self.folder / "scene_gt_info.json"
-        instances = reading.get(truths, key, file, "the top level")
-        details = None if infos is None else reading.get(infos, key, info_file, "the top level")
+        instances = reading.get(truths, key, file, None)
+        details = None if infos is None else reading.get(infos, key, info_file, None)
         if details is not None and len(details) != len(instances):
-            raise DataError(
-                info_file, f"image {key!r}", f"{len(instances)} entries expected, {len(details)} given"
-            )
+            raise DataError(info_file, (key,), f"{len(instances)} entries expected, {len(details)} given")
         for n, instance in enumerate(instances):
-            where = f"image {key!r}, instance {n}"
+            place = (key, n)
             with self.problems.skip():
                 obj_id = reading.integer(
-                    reading.get(instance, "obj_id", file, where), file, f"{where}, key 'obj_id'"
+                    reading.get(instance, "obj_id", file, place), file, (*place, "obj_id")
                 )
                 if self.names is not None and obj_id not in self.names:
-                    raise DataError(file, where, f"object {obj_id} is unknown; known: {sorted(self.names)}")
+                    message = f"object {obj_id} is unknown; there are meshes of {sorted(self.names)}"
+                    raise DataError(file, (*place, "obj_id"), message)
                 T_CO = reading.pose(
-                    reading.get(instance, "cam_R_m2c", file, where),
-                    reading.get(instance, "cam_t_m2c", file, where),
+                    reading.get(instance, "cam_R_m2c", file, place),
+                    reading.get(instance, "cam_t_m2c", file, place),
                     file,
-                    where,
+                    place,
                 )
                 T_CO[:3, 3] /= 1000
                 box, visibility = None, 1.0
                 if details is not None:
-                    box, visibility = _gt_info(details[n], info_file, where)
+                    box, visibility = _gt_info(details[n], info_file, place)
                 masks = {
                     kind: path
                     for kind in ("mask", "mask_visib")
@@ -193,9 +193,8 @@ class BopDataset:
         file = self.models_folder / "models_info.json"
         info = reading.read_json(file)
         for key, entry in info.items():
-            place = f"object {key!r}"
-            reading.floats([reading.get(entry, "diameter", file, place)], (1,), file, place)
-        return {reading.integer(key, file, f"object {key!r}"): entry for key, entry in info.items()}
+            reading.number(reading.get(entry, "diameter", file, (key,)), file, (key, "diameter"))
+        return {reading.integer(key, file, (key,)): entry for key, entry in info.items()}
 
     @cached_property
     def targets(self) -> list[Target]:
@@ -203,9 +202,8 @@ class BopDataset:
         file = self.root / "test_targets_bop19.json"
         found = []
         for n, entry in enumerate(reading.read_json(file, list)):
-            place = f"entry {n}"
             keys = ("scene_id", "im_id", "obj_id", "inst_count")
-            values = (reading.integer(reading.get(entry, key, file, place), file, place) for key in keys)
+            values = (reading.integer(reading.get(entry, k, file, (n,)), file, (n, k)) for k in keys)
             found.append(Target(*values))
         return found
 
@@ -239,7 +237,7 @@ class BopDataset:
         file = self.models_folder / "names.json"
         if file.exists():
             entries = reading.read_json(file).items()
-            return {reading.integer(key, file, f"key {key!r}"): str(name) for key, name in entries}
+            return {reading.integer(key, file, (key,)): str(name) for key, name in entries}
         if ids and set(ids) <= set(LINEMOD_NAMES) and self.root.resolve().name.lower() in _LINEMOD_FOLDERS:
             return {obj_id: LINEMOD_NAMES[obj_id] for obj_id in ids}
         return {obj_id: f"obj_{obj_id:06d}" for obj_id in ids}
@@ -264,8 +262,8 @@ def read_bop_csv(path: str | Path, strict: bool = True) -> list[Estimate]:
             # As estimated: scored as it stands, not made orthonormal.
             T_CO[:3, :3] = reading.floats(row[4], (3, 3), file, line)
             T_CO[:3, 3] = reading.floats(row[5], (3,), file, line) / 1000
-            score, time = (float(reading.floats(cell, (1,), file, line)[0]) for cell in (row[3], row[6]))
-            estimates.append(Estimate(scene_id, im_id, obj_id, score, T_CO, time))
+            score, time = (reading.number(cell, file, line) for cell in (row[3], row[6]))
+            estimates.append(Estimate(scene_id, im_id, obj_id, score, T_CO, time=time))
     problems.report(str(file))
     return estimates
 
@@ -291,12 +289,12 @@ def write_bop_csv(path: str | Path, estimates: Iterable[Estimate]) -> None:
             )
 
 
-def _gt_info(info: Any, file: Path, where: str) -> tuple[FloatArray | None, float]:
+def _gt_info(info: Any, file: Path, place: tuple[str | int, ...]) -> tuple[FloatArray | None, float]:
     """The silhouette's box (None where stored as -1s: wholly outside the image) and the visible share."""
-    box = reading.get(info, "bbox_obj", file, where)
-    x, y, w, h = reading.floats(box, (4,), file, f"{where}, key 'bbox_obj'")
-    share = reading.get(info, "visib_fract", file, where)
-    visibility = float(reading.floats([share], (1,), file, f"{where}, key 'visib_fract'")[0])
+    box = reading.get(info, "bbox_obj", file, place)
+    x, y, w, h = reading.floats(box, (4,), file, (*place, "bbox_obj"))
+    share = reading.get(info, "visib_fract", file, place)
+    visibility = reading.number(share, file, (*place, "visib_fract"))
     if w < 0 or h < 0:
         return None, visibility
     # Stored from the first to the last pixel, in a raster whose pixel x spans x to x + 1 of what K projects

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from PIL import Image
 from smope.data.items import Batch
 from smope.data.reading import DataError, FloatArray
 from smope.images import load_image
+
+if TYPE_CHECKING:
+    from smope.poses import Poses
 
 _MASK_CELLS = 64  # Batch.full_masks: cells along each side of the box
 
@@ -30,6 +33,7 @@ class Annotation:
     visibility: float = 1.0  # visible share of the silhouette
     scale: FloatArray = field(default_factory=lambda: np.ones(3))  # [3] along the mesh's own axes
     object_id: int | None = None
+    score: float = 1.0  # of a prediction
     mask_path: Path | None = None  # whole silhouette
     mask_visible_path: Path | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # what the format says besides, under its own names
@@ -50,12 +54,8 @@ class Record:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels, from the file's header."""
-        try:
-            with Image.open(self.image_path) as image:
-                return image.size
-        except OSError as error:
-            raise DataError(self.image_path, None, f"not a readable image ({error})") from None
+        """(width, height) in pixels."""
+        return image_size(self.image_path)
 
     def depth(self) -> NDArray[np.float32] | None:
         """[H, W] metres, 0 where there is no reading; None where the data set has no depth."""
@@ -63,6 +63,31 @@ class Record:
             return None
         stored = _read_plane(self.depth_path)
         return (stored.astype(np.float64) * (self.depth_scale / 1000)).astype(np.float32)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels, from the file's header."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise DataError(path, None, f"not a readable image ({error})") from None
+
+
+def from_poses(poses: Poses) -> tuple[Annotation, ...]:
+    """What `predict` found in an image, in the form that the writers take."""
+    arrays = poses.numpy()
+    return tuple(
+        Annotation(
+            name=name,
+            T_CO=arrays["T_CO"][n].astype(np.float64),
+            box_xyxy=arrays["boxes_xyxy"][n].astype(np.float64),
+            visibility=float(arrays["visibility"][n]),
+            scale=arrays["scale"][n].astype(np.float64),
+            score=float(arrays["scores"][n]),
+        )
+        for n, name in enumerate(poses.names)
+    )
 
 
 def to_batch(records: Sequence[Record], names: Sequence[str], masks: bool = False) -> Batch:

@@ -9,13 +9,12 @@ instances matched.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from smope.data.bop import BopDataset, BopScene, Estimate, IntArray, Target
-from smope.data.reading import DataError
+from smope.data.bop import Estimate, IntArray, Target
 from smope.data.records import Annotation, Record
 from smope.evaluate import pose_errors
 from smope.evaluate.pose_errors import FloatArray
@@ -53,47 +52,25 @@ class Pairing:
     errors: dict[str, FloatArray] = field(repr=False)  # [E, G], or [E, G, taus] for vsd
 
 
-def geometries(dataset: BopDataset, obj_ids: Iterable[int]) -> dict[int, ObjectGeometry]:
-    out = {}
-    for obj_id in sorted(set(obj_ids)):
-        if obj_id not in dataset.models_info:
-            raise DataError(dataset.models_folder / "models_info.json", None, f"object {obj_id} is missing")
-        info = dataset.models_info[obj_id]
-        points, faces = dataset.mesh(obj_id)
-        out[obj_id] = ObjectGeometry(
-            points=points,
-            faces=faces,
-            diameter=float(info["diameter"]) / 1000,
-            symmetries=pose_errors.symmetry_transforms(info, unit=0.001),
-        )
-    return out
-
-
 def pair_targets(
     targets: Sequence[Target],
     estimates: Iterable[Estimate],
-    scenes: dict[int, BopScene],
-    objects: dict[int, ObjectGeometry],
+    records: Mapping[tuple[int, int], Record],
+    objects: Mapping[int, ObjectGeometry],
 ) -> list[Pairing]:
-    """Each target with its best estimates and their errors."""
+    """Each target with its best estimates and their errors; `records` by scene and image id."""
     by_target: dict[tuple[int, int, int], list[Estimate]] = defaultdict(list)
     for estimate in estimates:
         by_target[estimate.scene_id, estimate.im_id, estimate.obj_id].append(estimate)
 
     pairings = []
     for target in targets:
-        scene = scenes[target.scene_id]
-        if target.im_id not in scene.records:
-            raise DataError(
-                scene.folder / "scene_camera.json", None, f"image {target.im_id} of a target is missing"
-            )
-        record = scene.records[target.im_id]
+        record = records[target.scene_id, target.im_id]
         truths = [a for a in record.annotations if a.object_id == target.obj_id]
         if len(truths) < target.inst_count:
-            raise DataError(
-                scene.folder / "scene_gt.json",
-                f"image {target.im_id}",
-                f"object {target.obj_id}: {target.inst_count} target instance(s), {len(truths)} annotated",
+            raise ValueError(
+                f"{record.image_path}: {target.inst_count} targets of object {target.obj_id}, "
+                f"{len(truths)} annotated"
             )
         # Where more are annotated than asked for, the most visible ones are meant.
         truths = sorted(truths, key=lambda a: -a.visibility)[: target.inst_count]
@@ -138,9 +115,11 @@ def bop_scores(pairings: Sequence[Pairing]) -> dict[str, float]:
             np.mean([_vsd_recall(pairings, i, t) for i in range(10) for t in VSD_SHARES])
         )
     scores["AR"] = float(np.mean(list(scores.values())))  # BOP's, where VSD is among them
+    scores["ADD"] = recall(pairings, "add", 0.1, "diameter")
     scores["ADD(-S)"] = recall(pairings, "add_s", 0.1, "diameter")
     scores["projection_5px"] = recall(pairings, "projection", 5.0)
     scores["5cm5deg"] = recall(pairings, "cm_deg", 1.0)
+    scores["exp_translation_with_misses"] = _exp_translation(pairings)
     instances = sum(pairing.target.inst_count for pairing in pairings)
     scores["found"] = sum(len(nearest_pairs(pairing)) for pairing in pairings) / instances
     return scores
@@ -149,6 +128,15 @@ def bop_scores(pairings: Sequence[Pairing]) -> dict[str, float]:
 def nearest_pairs(pairing: Pairing) -> list[tuple[int, int]]:
     """(estimate, truth) pairs by MSSD without any threshold: what each estimate is held against."""
     return match(pairing.errors["mssd"], np.inf)
+
+
+def _exp_translation(pairings: Sequence[Pairing]) -> float:
+    """Mean over all target instances of exp(-distance in metres), 0 for one that was missed.
+
+    The translation score of SMOPE-Net's authors, whose code leaves the misses out.
+    """
+    found = [np.exp(-p.errors["translation_m"][e, g]) for p in pairings for e, g in nearest_pairs(p)]
+    return float(np.sum(found) / sum(p.target.inst_count for p in pairings))
 
 
 def _vsd_recall(pairings: Sequence[Pairing], tau: int, threshold: float) -> float:
@@ -161,25 +149,35 @@ def _errors(
 ) -> dict[str, FloatArray]:
     est = np.stack([e.T_CO for e in estimates])[:, None] if estimates else np.empty((0, 1, 4, 4))
     gt = np.stack([a.T_CO for a in truths])[None]
+    # Where objects are scaled their points go through the scale too; angles and distances do not.
+    est_points = np.stack([_scaled(e) for e in estimates])[:, None] if estimates else est
+    gt_points = np.stack([_scaled(a) for a in truths])[None]
     points, symmetries = geometry.points, geometry.symmetries
     errors = {
-        "mssd": pose_errors.mssd(est, gt, points, symmetries),
-        "mspd": pose_errors.mspd(est, gt, record.K, points, symmetries),
-        "add_s": pose_errors.add_s(est, gt, points, geometry.symmetric),
-        "projection": pose_errors.projection_error(est, gt, record.K, points, symmetries),
+        "mssd": pose_errors.mssd(est_points, gt_points, points, symmetries),
+        "mspd": pose_errors.mspd(est_points, gt_points, record.K, points, symmetries),
+        "add": pose_errors.add(est_points, gt_points, points),
+        "projection": pose_errors.projection_error(est_points, gt_points, record.K, points, symmetries),
         "rotation_deg": pose_errors.rotation_error(est, gt, symmetries),
         "translation_m": pose_errors.translation_error(est, gt, symmetries),
     }
+    symmetric = geometry.symmetric
+    errors["add_s"] = pose_errors.adi(est_points, gt_points, points) if symmetric else errors["add"]
     # One number for the pair of conditions, below 1 where both hold.
     errors["cm_deg"] = np.maximum(errors["translation_m"] / 0.05, errors["rotation_deg"] / 5)
     scene = record.depth()
     if scene is not None:
-        at_est = [_render(T, record, geometry) for T in est[:, 0]]
-        at_gt = [_render(T, record, geometry) for T in gt[0]]
+        at_est = [_render(T, record, geometry) for T in est_points[:, 0]]
+        at_gt = [_render(T, record, geometry) for T in gt_points[0]]
         constants = (record.K, VSD_DELTA, VSD_SHARES, geometry.diameter)
         vsd = [[pose_errors.vsd(e, g, scene, *constants) for g in at_gt] for e in at_est]
         errors["vsd"] = np.array(vsd).reshape(len(estimates), len(truths), len(VSD_SHARES))
     return errors
+
+
+def _scaled(item: Estimate | Annotation) -> FloatArray:
+    """[4, 4] with the scale along the mesh's axes, which are the columns."""
+    return item.T_CO * np.append(item.scale, 1.0)
 
 
 def _render(T_CO: FloatArray, record: Record, geometry: ObjectGeometry) -> FloatArray:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 import smope
 from smope.atomic import atomic_path
 
-_COLUMNS = {  # key in the scores -> (heading, format)
+POSE_COLUMNS = {  # key in the scores -> (heading, format)
     "targets": ("targets", "{:d}"),
     "found": ("found", "{:.1%}"),
     "AR_VSD": ("AR_VSD", "{:.4f}"),
@@ -42,7 +42,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def format_table(
-    rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, str]] = _COLUMNS
+    rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, str]] = POSE_COLUMNS
 ) -> str:
     """A text table of those columns of which any row has a value; a missing value is a dash."""
     shown = [key for key in columns if any(row.get(key) is not None for row in rows.values())]
