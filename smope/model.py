@@ -239,10 +239,10 @@ class SMOPE:
     ) -> Any:
         """Find the registered objects: one image gives one `Poses`, a list gives a list.
 
-        `image` is a path, a PIL image, a uint8 array [H, W, 3] or a float tensor [3, H, W] in 0..1. `K` [3, 3]
-        in pixels of that image, or `fov`, the horizontal field of view in degrees; one for all or one an image.
-        `dist` are OpenCV's distortion coefficients. Without K and fov the checkpoint's own camera serves, if the
-        image has its size. Detections below `threshold` are left out, and all but the best `top_k`.
+        `image` is a path, a PIL image, a uint8 array [H, W, 3] or a float tensor [3, H, W] in 0..1. `K`
+        [3, 3] in pixels of that image, or `fov`, the horizontal field of view in degrees; one for all or one
+        an image. `dist` are OpenCV's distortion coefficients. Without K and fov the checkpoint's own camera
+        serves, if the image has its size. Detections below `threshold` are left out, and all but the best `top_k`.
         """
         if self._tokens is None:
             raise ValueError("no meshes are registered; call register_meshes first")
@@ -331,9 +331,12 @@ class SMOPE:
 def _split_objects(
     tensors: Mapping[str, Tensor], config: ModelConfig
 ) -> tuple[dict[str, Tensor], dict[str, ObjectModel], dict[str, MeshTokens]]:
-    """A checkpoint's tensors, in float32 -> the network's, the trained objects in order, and their tokens."""
-    tensors = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
-    network = {key: tensor for key, tensor in tensors.items() if not key.startswith("objects.")}
+    """A checkpoint's tensors -> the network's in float32, the trained objects in order, and their tokens."""
+    network = {
+        key: t.float() if t.is_floating_point() else t
+        for key, t in tensors.items()
+        if not key.startswith("objects.")
+    }
     objects, tokens = {}, {}
     for name in config.objects:
         prefix = f"objects.{name}."
@@ -342,7 +345,7 @@ def _split_objects(
             objects[name] = model = ObjectModel.from_tensors(name, own)
             inputs = mesh_inputs([model], config.network.surface_points, config.network.anchors)
             tokens[name] = MeshTokens(
-                own["embedding"][None], own["local"][None], inputs.diameters, inputs.anchors
+                own["embedding"].float()[None], own["local"].float()[None], inputs.diameters, inputs.anchors
             )
         except KeyError as error:
             raise hub.WeightsError(

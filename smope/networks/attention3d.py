@@ -50,9 +50,13 @@ class MeshAttention(nn.Module):
 
     def forward(self, queries: Tensor, labels: Tensor, meshes: MeshTokens) -> Tensor:
         """queries [B, P, C], labels [B, P] index of each one's mesh"""
-        x = self.norm(queries + self.embedding(meshes.embedding)[labels])
-        # Keys and values are made once a mesh and handed to the pairs, so a pair costs its tokens only.
-        key, value = self.key_value(meshes.local)[labels].chunk(2, -1)  # [B, P, T, C] each
+        # Keys and values are made once a mesh and handed to the pairs. A product with one-hot rows hands them
+        # out exactly, and its backward is a product too, where that of indexing adds row by row.
+        chosen = F.one_hot(labels, len(meshes)).to(queries.dtype)  # [B, P, M]
+        x = self.norm(queries + chosen @ self.embedding(meshes.embedding))
+        key_value = self.key_value(meshes.local)  # [M, T, 2 C]
+        key_value = (chosen.to(key_value.dtype) @ key_value.flatten(1)).unflatten(-1, key_value.shape[1:])
+        key, value = key_value.chunk(2, -1)  # [B, P, T, C] each
         query = self.query(x).unflatten(-1, (self.heads, 1, -1))  # [B, P, H, 1, D]
         key = key.unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # [B, P, H, T, D]
         value = value.unflatten(-1, (self.heads, -1)).transpose(-2, -3)

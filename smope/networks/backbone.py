@@ -29,21 +29,41 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
         )
 
 
-class SameConv2d(nn.Conv2d):
-    """Convolution padded as TensorFlow's "same": what is odd goes to the right and to the bottom."""
+class ConvNorm(nn.Module):
+    """Convolution, BatchNorm on stored statistics, optionally ReLU6; the norm is folded into the weights.
+
+    Folding happens in every pass, on the small weights, so that scale and shift stay trainable at no cost in
+    the size of the image. Padding is TensorFlow's "same": what is odd goes to the right and to the bottom.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, relu: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        padding = []
-        for size, kernel, stride in zip(
-            (x.shape[-1], x.shape[-2]), self.kernel_size[::-1], self.stride[::-1], strict=True
-        ):
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+        weight = self.conv.weight * scale[:, None, None, None]
+        bias = self.norm.bias - self.norm.running_mean * scale
+        x, padding = self._padded(x)
+        x = F.conv2d(x, weight, bias, self.conv.stride, padding, 1, self.conv.groups)
+        return F.relu6(x) if self.relu else x
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The image, and how much the convolution itself is to pad at both ends of (height, width)"""
+        ends = []
+        for size, kernel, stride in zip(x.shape[-2:], self.conv.kernel_size, self.conv.stride, strict=True):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-            padding += [total // 2, total - total // 2]
-        if padding[0] == padding[1] and padding[2] == padding[3]:
-            return F.conv2d(
-                x, self.weight, self.bias, self.stride, (padding[2], padding[0]), self.dilation, self.groups
-            )
-        return F.conv2d(F.pad(x, padding), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+            ends.append((total // 2, total - total // 2))
+        (top, bottom), (left, right) = ends
+        if top == bottom and left == right:
+            return x, (top, left)
+        return F.pad(x, (left, right, top, bottom)), (0, 0)
 
 
 class InvertedResidual(nn.Module):
@@ -52,20 +72,9 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
         hidden = inputs * expansion
-        if expansion != 1:
-            self.expand: nn.Module = nn.Sequential(
-                nn.Conv2d(inputs, hidden, 1, bias=False), FixedBatchNorm2d(hidden, eps=1e-3), nn.ReLU6()
-            )
-        else:
-            self.expand = nn.Identity()
-        self.depthwise = nn.Sequential(
-            SameConv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False),
-            FixedBatchNorm2d(hidden, eps=1e-3),
-            nn.ReLU6(),
-        )
-        self.project = nn.Sequential(
-            nn.Conv2d(hidden, outputs, 1, bias=False), FixedBatchNorm2d(outputs, eps=1e-3)
-        )
+        self.expand = ConvNorm(inputs, hidden) if expansion != 1 else nn.Identity()
+        self.depthwise = ConvNorm(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = ConvNorm(hidden, outputs, relu=False)
         self.shortcut = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,12 +98,11 @@ class EfficientNetLite2(nn.Module):
         (3, 1, 6, 352, 1),
     )
     taps = (1, 2, 4, 6)  # the stages whose outputs are handed on
+    fixed = 2  # the stages that are never trained; they end at the first tap
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            SameConv2d(3, 32, 3, 2, bias=False), FixedBatchNorm2d(32, eps=1e-3), nn.ReLU6()
-        )
+        self.stem = ConvNorm(3, 32, 3, 2)
         self.blocks = nn.ModuleList()
         inputs = 32
         for kernel, stride, expansion, outputs, repeats in self.stages:
@@ -103,11 +111,18 @@ class EfficientNetLite2(nn.Module):
                 stage.append(InvertedResidual(inputs, outputs, kernel, stride if i == 0 else 1, expansion))
                 inputs = outputs
             self.blocks.append(stage)
+        for part in (self.stem, *self.blocks[: self.fixed]):
+            part.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.stem((images * 255.0 - 127.0) / 128.0)
-        features = []
-        for i, stage in enumerate(self.blocks):
+        # The first stages stay as ImageNet made them: their edges and colours hold for photos, which renders
+        # may not improve, and their maps are the largest, so leaving them out of the backward pass saves most.
+        with torch.no_grad():
+            x = self.stem((images * 255.0 - 127.0) / 128.0)
+            for stage in self.blocks[: self.fixed]:
+                x = stage(x)
+        features = [x]
+        for i, stage in enumerate(self.blocks[self.fixed :], start=self.fixed):
             x = stage(x)
             if i in self.taps:
                 features.append(x)
@@ -203,14 +218,14 @@ def _rename_efficientnet(tensors: dict[str, Tensor], repeats: list[int]) -> Iter
     """Key names of the package `efficientnet-lite-pytorch` -> ours; the classifier is left out."""
     places = [(stage, i) for stage, count in enumerate(repeats) for i in range(count)]
     parts = {
-        "_expand_conv": "expand.0",
-        "_bn0": "expand.1",
-        "_depthwise_conv": "depthwise.0",
-        "_bn1": "depthwise.1",
-        "_project_conv": "project.0",
-        "_bn2": "project.1",
+        "_expand_conv": "expand.conv",
+        "_bn0": "expand.norm",
+        "_depthwise_conv": "depthwise.conv",
+        "_bn1": "depthwise.norm",
+        "_project_conv": "project.conv",
+        "_bn2": "project.norm",
     }
-    stem = {"_conv_stem": "stem.0", "_bn0": "stem.1"}
+    stem = {"_conv_stem": "stem.conv", "_bn0": "stem.norm"}
     for key, tensor in tensors.items():
         if key.startswith("_blocks."):
             _, number, part, leaf = key.split(".")

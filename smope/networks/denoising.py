@@ -12,7 +12,8 @@ def noised_boxes(labels: Tensor, boxes: Tensor, groups: int, noise: float = 0.4)
 
     Centres move by up to noise / 2 of the box, sides grow or shrink by up to that share of themselves.
     """
-    boxes = torch.where((labels >= 0)[..., None], boxes, boxes.new_tensor([0.5, 0.5, 0.1, 0.1]))
+    middle = torch.cat([torch.full_like(boxes[..., :2], 0.5), torch.full_like(boxes[..., 2:], 0.1)], -1)
+    boxes = torch.where((labels >= 0)[..., None], boxes, middle)
     boxes = boxes.repeat(1, groups, 1)
     jitter = torch.rand_like(boxes) * 2 - 1
     centres = boxes[..., :2] + jitter[..., :2] * boxes[..., 2:] * (noise / 2)

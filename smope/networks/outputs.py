@@ -52,6 +52,9 @@ class PoseEstimate:
     offset_weights: Tensor | None = None  # [B, P, A] 0..1
     anchors_uv: Tensor | None = None  # [B, P, A, 2] where the anchors stood, pixels
 
+    def rows(self, rows: slice) -> PoseEstimate:
+        return PoseEstimate(self.rotation[rows], self.translation[rows], self.centre[rows])
+
     def detach(self) -> PoseEstimate:
         return replace(
             self,
@@ -69,6 +72,11 @@ class PairOutputs:
     visibility_logit: Tensor  # [B, P]
     log_sigma: Tensor  # [B, P, 2] log expected error: rotation in radians, translation over the diameter
 
+    def rows(self, rows: slice) -> PairOutputs:
+        """Those images of a batch of direct estimates"""
+        poses = tuple(pose.rows(rows) for pose in self.poses)
+        return PairOutputs(poses, self.visibility_logit[rows], self.log_sigma[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingOutputs:
@@ -79,9 +87,8 @@ class TrainingOutputs:
     rebuilt: RebuiltMeshes
     features: Features
     match: Tensor  # [L + 1, B, N] query of each slot, a decoder layer each, then the proposals; -1 for none
-    layer_pairs: tuple[
-        PairOutputs, ...
-    ]  # one a supervised decoder layer; pairs are matched, then denoising ones
+    direct: PairOutputs  # [L * B, P]: all decoder layers; pairs are the matched ones, then the denoising ones
+    refined: PairOutputs  # [B, P]: the last layer's, with one more pose a refinement layer
     pair_slots: Tensor  # [B, P] object slot of each pair
     pair_valid: Tensor  # [B, P] bool
     coordinates: Tensor | None = None  # [B, 4, h, w] object coordinates and visibility logit at stride 8

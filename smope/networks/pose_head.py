@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from smope.geometry.rotations import egocentric_from_allocentric, rot6d_to_matrix
 from smope.networks.deformable import MLP
-from smope.networks.outputs import PoseEstimate
+from smope.networks.outputs import PairOutputs, PoseEstimate
 
 ImageSize = tuple[int, int]  # (width, height) in pixels
 
 
 def unit_to_pixels(points: Tensor, size: ImageSize) -> Tensor:
     """[..., 2] in 0..1 of the image -> pixels, whole numbers at pixel centres."""
-    return points * points.new_tensor(size) - 0.5
+    # Numbers, not a tensor of the size: making one would copy to the device and wait for it.
+    return torch.stack([points[..., 0] * size[0], points[..., 1] * size[1]], -1) - 0.5
 
 
 def pixels_to_unit(points: Tensor, size: ImageSize) -> Tensor:
-    return (points + 0.5) / points.new_tensor(size)
+    return torch.stack([(points[..., 0] + 0.5) / size[0], (points[..., 1] + 0.5) / size[1]], -1)
 
 
 def focal_length(K: Tensor) -> Tensor:
@@ -42,11 +43,8 @@ class PoseHead(nn.Module):
 
     def forward(
         self, features: Tensor, boxes: Tensor, diameters: Tensor, K: Tensor, size: ImageSize
-    ) -> tuple[PoseEstimate, Tensor, Tensor]:
-        """features [B, P, C], boxes [B, P, 4] cxcywh in 0..1, diameters [B, P] metres, K [B, 3, 3]
-
-        -> pose, visibility logit [B, P], log sigma [B, P, 2]
-        """
+    ) -> PairOutputs:
+        """features [B, P, C], boxes [B, P, 4] cxcywh in 0..1, diameters [B, P] metres, K [B, 3, 3]"""
         rotation6 = self.rotation(features)
         shift = self.centre(features)
         log_factor = self.depth(features)[..., 0]
@@ -56,7 +54,7 @@ class PoseHead(nn.Module):
             pose = pose_from_values(
                 rotation6.float(), shift.float(), log_factor.float(), boxes, diameters, K, size
             )
-        return pose, visibility, log_sigma
+        return PairOutputs((pose,), visibility, log_sigma)
 
 
 def pose_from_values(
@@ -70,7 +68,7 @@ def pose_from_values(
 ) -> PoseEstimate:
     """The geometry of the head: [B, P, 6], [B, P, 2] in box sizes, [B, P] -> pose of the centred mesh,
     metres."""
-    extent = (boxes[..., 2:] * boxes.new_tensor(size)).clamp(min=1.0)  # [B, P, 2] pixels
+    extent = torch.stack([boxes[..., 2] * size[0], boxes[..., 3] * size[1]], -1).clamp(min=1.0)  # pixels
     centre = unit_to_pixels(boxes[..., :2], size) + shift * extent  # [B, P, 2] pixels
     box_size = extent.prod(-1).sqrt()
     depth = (focal_length(K)[:, None] * diameters / box_size) * log_factor.clamp(-3, 3).exp()  # [B, P] metres

@@ -134,7 +134,7 @@ def gauss_newton_step(
     depth = t[..., 2].clamp(min=1e-2)
     points = arms + t[..., None, :]
     z = points[..., 2].clamp(min=1e-2)
-    focal = K[:, None, None, [0, 1], [0, 1]]  # [B, 1, 1, 2]
+    focal = K.diagonal(dim1=-2, dim2=-1)[:, None, None, :2]  # [B, 1, 1, 2]
     # Pixels per metre of sideways motion, made dimensionless: apparent diameter = f D / depth.
     gain = (
         focal / z[..., None] * (depth / focal_length(K)[:, None])[..., None, None]

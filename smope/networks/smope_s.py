@@ -37,7 +37,7 @@ class SmopeSConfig:
     anchors: int = 64
     refine_layers: int = 2
     rebuilt_points: int = 512
-    denoising_groups: int = 4
+    denoising_groups: int = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +116,10 @@ class SmopeS(nn.Module):
         scores, best = scores.topk(min(top_k, scores.shape[1]), dim=1)
         labels, boxes = take(labels, best), take(boxes, best)
         size = (images.shape[-1], images.shape[-2])
-        pairs = self.estimate_poses(take(queries, best), boxes, labels, meshes, K, size, features)
-        return Found(scores, labels, boxes, pairs)
+        pairs, direct = self.direct_poses(take(queries, best), boxes, labels, meshes, K, size)
+        return Found(
+            scores, labels, boxes, self.refine_poses(pairs, direct, labels, meshes, K, size, features)
+        )
 
     def forward_training(
         self, images: Tensor, K: Tensor, inputs: MeshInputs, targets: Targets, matcher: Matcher
@@ -134,23 +136,24 @@ class SmopeS(nn.Module):
         index = torch.cat([match[:-1].clamp(min=0) + detections.denoising, noised], -1)  # [L, B, P]
         pair_slots = torch.arange(slots, device=images.device).repeat(1 + groups).expand(batch, -1)  # [B, P]
         labels = take(targets.labels, pair_slots)
-        queries = take_layers(detections.queries, index)
-        boxes = take_layers(detections.boxes, index).detach()
+        known = labels.clamp(min=0)
         size = (images.shape[-1], images.shape[-2])
-        last = layers - 1
-        layer_pairs = tuple(
-            self.estimate_poses(
-                queries[i], boxes[i], labels.clamp(min=0), meshes, K, size, features if i == last else None
-            )
-            for i in range(layers)
+        # All decoder layers at once, as one batch of L * B; refinement follows the last one alone.
+        queries = take_layers(detections.queries, index).flatten(0, 1)
+        boxes = take_layers(detections.boxes, index).detach().flatten(0, 1)
+        pairs, direct = self.direct_poses(
+            queries, boxes, known.repeat(layers, 1), meshes, K.repeat(layers, 1, 1), size
         )
+        last = slice((layers - 1) * batch, None)
+        refined = self.refine_poses(pairs[last], direct.rows(last), known, meshes, K, size, features)
         return TrainingOutputs(
             detections=detections,
             meshes=meshes,
             rebuilt=self.mesh_decoder(meshes.embedding),
             features=features,
             match=match,
-            layer_pairs=layer_pairs,
+            direct=direct,
+            refined=refined,
             pair_slots=pair_slots,
             pair_valid=labels >= 0,
             coordinates=self.coordinates(features.level(0)),
@@ -207,29 +210,33 @@ class SmopeS(nn.Module):
         logits = self.similarity(stacked, meshes)
         return Detections(stacked, torch.stack(all_boxes), logits, proposal_boxes, proposal_logits, denoising)
 
-    def estimate_poses(
+    def direct_poses(
+        self, queries: Tensor, boxes: Tensor, labels: Tensor, meshes: MeshTokens, K: Tensor, size: ImageSize
+    ) -> tuple[Tensor, PairOutputs]:
+        """queries [B, P, C], boxes [B, P, 4], labels [B, P] -> pair features [B, P, C], and their poses"""
+        pairs = self.mesh_attention(queries, labels, meshes)
+        return pairs, self.pose_head(pairs, boxes, meshes.diameters[labels], K, size)
+
+    def refine_poses(
         self,
-        queries: Tensor,
-        boxes: Tensor,
+        pairs: Tensor,
+        direct: PairOutputs,
         labels: Tensor,
         meshes: MeshTokens,
         K: Tensor,
         size: ImageSize,
-        features: Features | None,
+        features: Features,
     ) -> PairOutputs:
-        """queries [B, P, C], boxes [B, P, 4], labels [B, P]; refined where image features are given"""
-        pairs = self.mesh_attention(queries, labels, meshes)
-        diameters = meshes.diameters[labels]
-        pose, visibility, log_sigma = self.pose_head(pairs, boxes, diameters, K, size)
-        poses = [pose]
-        if features is not None and self.config.refine_layers:
-            maps = self.anchor_features(features)
-            anchors = meshes.anchors[labels]
-            for refiner in self.refiners:
-                pose, pairs = refiner(pose.detach(), pairs, maps, anchors, diameters, K, size)
-                poses.append(pose)
-            log_sigma = self.pose_head.log_sigma(pairs)
-        return PairOutputs(tuple(poses), visibility, log_sigma)
+        """Add a pose for each refinement layer; the uncertainty is said anew by what was seen last."""
+        if not self.refiners:
+            return direct
+        maps = self.anchor_features(features)
+        anchors, diameters = meshes.anchors[labels], meshes.diameters[labels]
+        poses = [direct.poses[0]]
+        for refiner in self.refiners:
+            pose, pairs = refiner(poses[-1].detach(), pairs, maps, anchors, diameters, K, size)
+            poses.append(pose)
+        return PairOutputs(tuple(poses), direct.visibility_logit, self.pose_head.log_sigma(pairs))
 
     def _cell_boxes(self, shapes: Shapes, index: Tensor) -> Tensor:
         """[B, Q, 4] the box each cell starts from: its centre, and a size that doubles with the level"""

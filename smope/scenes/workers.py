@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import time
 import traceback
@@ -69,12 +70,13 @@ def render_one(
 
 
 def _work(
-    sampler: SceneSampler, slots: list[RawBatch], tasks: Any, done: Any, parent: int, device_index: int | None
+    packed: Tensor, slots: list[RawBatch], tasks: Any, done: Any, parent: int, device_index: int | None
 ) -> None:
     """A worker's life: take (batch, image, slot, seed), draw it, say so; None ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when Ctrl-C ends the workers
     torch.set_num_threads(1)
     try:
+        sampler: SceneSampler = pickle.loads(packed.numpy().tobytes())
         rasteriser = Rasteriser(sampler.targets + sampler.clutter, sampler.config, device_index)
         views = [slot.views() for slot in slots]
         while True:
@@ -119,10 +121,13 @@ class WorkerPool:
         self._left: dict[int, int] = {}
         self._where: deque[tuple[int, int]] = deque()
         self._next, self._closed = first, False
+        # Through shared memory: what goes in the arguments is read only after a process has imported torch, and
+        # `start` waits for that, so that meshes among them would start the workers one after another.
+        packed = torch.frombuffer(bytearray(pickle.dumps(sampler)), dtype=torch.uint8).share_memory_()
         self._processes = [
             context.Process(
                 target=_work,
-                args=(sampler, self.slots, self._tasks, self._done, os.getpid(), device_index),
+                args=(packed, self.slots, self._tasks, self._done, os.getpid(), device_index),
                 daemon=True,
             )
             for _ in range(workers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -48,11 +49,12 @@ class HungarianMatcher:
         cost = cost.masked_fill(empty[None, :, None, :], 0.0).nan_to_num(1e4, 1e4, 1e4)
 
         table = cost.float().cpu().numpy()
-        match = torch.empty(table.shape[0], table.shape[1], table.shape[3], dtype=torch.int64)
-        for layer in range(table.shape[0]):
-            for image in range(table.shape[1]):
-                slots, chosen = linear_sum_assignment(table[layer, image].T)
-                match[layer, image, slots] = torch.from_numpy(chosen)
+        layers, images, queries, slots = table.shape
+        # With no more slots than queries every slot is matched, and scipy returns the slots in order.
+        chosen = [linear_sum_assignment(one.T)[1] for one in table.reshape(-1, queries, slots)]
+        match = torch.from_numpy(np.stack(chosen)).view(layers, images, slots)
+        if cost.is_cuda:
+            match = match.pin_memory()
         return match.to(cost.device, non_blocking=True).masked_fill(empty[None], -1)
 
 

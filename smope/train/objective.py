@@ -14,8 +14,8 @@ from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou, xyxy_to_cxcywh
 from smope.geometry.rotations import geodesic_angle
 from smope.network_inputs import surface_table
 from smope.networks.mesh_encoder import MeshInputs
-from smope.networks.outputs import PairOutputs, PoseEstimate, TrainingOutputs, take
-from smope.networks.pose_head import focal_length
+from smope.networks.outputs import PairOutputs, PoseEstimate, TrainingOutputs, take, take_layers
+from smope.networks.pose_head import focal_length, pixels_to_unit
 from smope.networks.refine import project
 from smope.networks.smope_s import SmopeS, Targets
 from smope.objects import ObjectModel
@@ -65,9 +65,8 @@ class Objective:
         if self.surfaces.device != device:
             self.table, self.surfaces = self.table.to(device), self.surfaces.to(device)
         height, width = batch.images.shape[-2:]
-        scale = batch.images.new_tensor([width, height, width, height])
-        # Pixel centres stand at whole numbers, so the image spans -0.5 to size - 0.5.
-        boxes = xyxy_to_cxcywh((batch.boxes_xyxy + 0.5) / scale)
+        boxes = pixels_to_unit(batch.boxes_xyxy.unflatten(-1, (2, 2)), (width, height)).flatten(-2)
+        boxes = xyxy_to_cxcywh(boxes)
         boxes = torch.cat([boxes[..., :2].clamp(0, 1), boxes[..., 2:].clamp(1e-3, 1)], -1)
         targets = Targets(batch.labels, boxes)
         views = self.mesh_views(network.config.surface_points, network.config.anchors)
@@ -105,114 +104,120 @@ class Objective:
         return MeshInputs(surface, self.table.diameters, anchors)
 
     def detection_losses(self, outputs: TrainingOutputs, targets: Targets) -> dict[str, Tensor]:
-        found = outputs.detections
+        """L_D, summed over the decoder layers and the encoder's proposals, a matched object."""
+        found, match = outputs.detections, outputs.match.clamp(min=0)
         present = targets.labels >= 0
         count = present.sum().clamp(min=1)
-        labels = targets.labels.clamp(min=0)
-        skip, layers = found.denoising, len(found.logits)
-        parts = {}
-
-        match = outputs.match.clamp(min=0)
-        quality_loss, l1_loss, giou_loss = [], [], []
-        for layer in range(layers + 1):
-            if layer < layers:
-                logits, boxes = found.logits[layer][:, skip:], found.boxes[layer][:, skip:]
-                meaning = labels
-            else:
-                logits, boxes = found.proposal_logits[..., None], found.proposal_boxes
-                meaning = torch.zeros_like(labels)
-            chosen = take(boxes, match[layer])
-            iou = paired_iou(cxcywh_to_xyxy(chosen.detach()), cxcywh_to_xyxy(targets.boxes))[0] * present
-            quality = torch.zeros_like(logits.flatten(1), dtype=torch.float32)
-            quality = quality.scatter_reduce(
-                1, match[layer] * logits.shape[-1] + meaning, iou.float(), "amax"
-            )
-            quality_loss.append(varifocal(logits.flatten(1), quality).sum() / count)
-            l1, giou = box_loss(chosen, targets.boxes)
-            l1_loss.append((l1 * present).sum() / count)
-            giou_loss.append((giou * present).sum() / count)
-        parts["label"] = torch.stack(quality_loss).sum()
-        parts["l1"], parts["giou"] = torch.stack(l1_loss).sum(), torch.stack(giou_loss).sum()
-
+        labels, skip = targets.labels.clamp(min=0), found.denoising
+        truth = (targets.boxes, present)
+        decoded = self.matched_losses(
+            found.logits[:, :, skip:], found.boxes[:, :, skip:], match[:-1], labels, *truth
+        )
+        proposed = self.matched_losses(
+            found.proposal_logits[None, ..., None],
+            found.proposal_boxes[None],
+            match[-1:],
+            torch.zeros_like(labels),
+            *truth,
+        )
+        names = ("label", "l1", "giou")
+        parts = {n: (a + b) / count for n, a, b in zip(names, decoded, proposed, strict=True)}
         if skip:
             groups = skip // labels.shape[1]
-            logits, boxes = found.logits[:, :, :skip], found.boxes[:, :, :skip]
-            truth, known = targets.boxes.repeat(1, groups, 1)[None], present.repeat(1, groups)[None]
-            meaning = labels.repeat(1, groups)[None].expand(layers, -1, -1)
-            iou = paired_iou(cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(truth))[0] * known
-            quality = torch.zeros_like(logits, dtype=torch.float32).scatter(
-                -1, meaning[..., None], iou[..., None]
+            noised = self.matched_losses(
+                found.logits[:, :, :skip],
+                found.boxes[:, :, :skip],
+                torch.arange(skip, device=labels.device).expand(len(found.logits), len(labels), -1),
+                labels.repeat(1, groups),
+                targets.boxes.repeat(1, groups, 1),
+                present.repeat(1, groups),
+                only_matched=True,
             )
-            l1, giou = box_loss(boxes, truth)
             shared = count * groups
-            parts["label/denoising"] = (varifocal(logits, quality) * known[..., None]).sum() / shared
-            parts["l1/denoising"] = (l1 * known).sum() / shared
-            parts["giou/denoising"] = (giou * known).sum() / shared
+            parts |= {f"{n}/denoising": value / shared for n, value in zip(names, noised, strict=True)}
         return parts
 
+    def matched_losses(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        match: Tensor,
+        labels: Tensor,
+        truth: Tensor,
+        present: Tensor,
+        only_matched: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of the class, L1 and GIoU losses.
+
+        logits [L, B, Q, M], boxes [L, B, Q, 4], match [L, B, N] query of each slot, labels [B, N],
+        truth [B, N, 4], present [B, N]. A matched query is to be as sure as its box is good (IoU).
+        """
+        chosen = take_layers(boxes, match)  # [L, B, N, 4]
+        iou = paired_iou(cxcywh_to_xyxy(chosen.detach()), cxcywh_to_xyxy(truth))[0] * present
+        quality = torch.zeros_like(logits, dtype=torch.float32).flatten(2)
+        quality = quality.scatter_reduce(2, match * logits.shape[-1] + labels, iou.float(), "amax")
+        label = varifocal(logits.flatten(2), quality)
+        if only_matched:
+            label = label.unflatten(-1, logits.shape[-2:]) * present[..., None]
+        l1, giou = box_loss(chosen, truth)
+        return label.sum(), (l1 * present).sum(), (giou * present).sum()
+
     def pose_losses(self, outputs: TrainingOutputs, batch: Batch) -> dict[str, Tensor]:
-        slots = outputs.pair_slots
-        truth = PairTruth.of(self.table, batch.labels, batch.T_CO, slots, batch.K)
+        """L_P of the direct estimates, summed over the decoder layers, and of each refinement."""
+        slots, layers = outputs.pair_slots, len(outputs.match) - 1
         labels = take(batch.labels, slots).clamp(min=0)
         visible = take(batch.visibility, slots)
         weight = outputs.pair_valid * (visible / self.config.faint).clamp(max=1.0)
+        truth = PairTruth.of(self.table, batch.labels, batch.T_CO, slots, batch.K)
+        every = (labels.repeat(layers, 1), weight.repeat(layers, 1))  # once a decoder layer
+
+        direct = self.pose_errors(outputs.direct.poses[0], truth.repeat(layers), *every)
+        parts = {f"{name}/direct": layers * value for name, value in direct.items()}
+        refined = [self.pose_errors(pose, truth, labels, weight) for pose in outputs.refined.poses[1:]]
+        sent = [
+            masked_mean(self.offset_error(pose, truth, outputs, labels), weight)
+            for pose in outputs.refined.poses[1:]
+        ]
+        if refined:
+            parts |= {f"{name}/refined": torch.stack([e[name] for e in refined]).sum() for name in refined[0]}
+            parts["offsets"] = torch.stack(sent).sum()
+        gap = (outputs.direct.visibility_logit.float().sigmoid() - visible.repeat(layers, 1)).abs()
+        parts["visibility"] = layers * masked_mean(gap, every[1])
         diameters = self.table.diameters[labels]
-        points = self.table.points[labels]
-        sums: dict[str, list[Tensor]] = {}
+        parts["sigma"] = masked_mean(self.sigma_loss(outputs.refined, truth, diameters), weight)
+        return parts
 
-        def note(name: str, values: Tensor) -> None:
-            sums.setdefault(name, []).append(masked_mean(values, weight))
-
-        for layer, pairs in enumerate(outputs.layer_pairs):
-            final = layer == len(outputs.layer_pairs) - 1
-            for stage, pose in enumerate(pairs.poses):
-                name = f"/{'refined' if stage else 'direct'}"
-                target = truth.nearest(pose.rotation)
-                apparent = (
-                    focal_length(batch.K)[:, None] * diameters / target.translation[..., 2].clamp(min=0.05)
-                )
-                note("rotation" + name, model_point_distance(pose.rotation, target.rotation, points))
-                off = (pose.centre - target.centre) / apparent[..., None]
-                note("centre" + name, off.abs().sum(-1).clamp(max=5.0))
-                depth = (
-                    pose.translation[..., 2].clamp(min=1e-2).log()
-                    - target.translation[..., 2].clamp(min=1e-2).log()
-                )
-                note("depth" + name, depth.abs())
-                moved = (points @ (pose.rotation - target.rotation).transpose(-1, -2)) + (
-                    (pose.translation - target.translation) / diameters[..., None]
-                )[..., None, :]
-                note("points" + name, moved.norm(dim=-1).mean(-1).clamp(max=10.0))
-                if pose.offsets is not None:
-                    note(
-                        "offsets",
-                        self.offset_error(pose, target, outputs, labels, diameters, apparent, batch.K),
-                    )
-            note("visibility", (pairs.visibility_logit.float().sigmoid() - visible).abs())
-            if final:
-                note("sigma", self.sigma_loss(pairs, truth, diameters))
-        return {name: torch.stack(values).sum() for name, values in sums.items()}
+    def pose_errors(
+        self, pose: PoseEstimate, truth: PairTruth, labels: Tensor, weight: Tensor
+    ) -> dict[str, Tensor]:
+        """Rotation, projected centre and depth apart, and all together on the points; over the diameter."""
+        target = truth.nearest(pose.rotation)
+        diameters, points = self.table.diameters[labels], self.table.points[labels]
+        apparent = apparent_size(truth.K, diameters, target)
+        moved = points @ (pose.rotation - target.rotation).transpose(-1, -2)
+        moved = moved + ((pose.translation - target.translation) / diameters[..., None])[..., None, :]
+        depth, true_depth = (p.translation[..., 2].clamp(min=1e-2).log() for p in (pose, target))
+        errors = {
+            "rotation": model_point_distance(pose.rotation, target.rotation, points),
+            "centre": ((pose.centre - target.centre) / apparent[..., None]).abs().sum(-1).clamp(max=5.0),
+            "depth": (depth - true_depth).abs(),
+            "points": moved.norm(dim=-1).mean(-1).clamp(max=10.0),
+        }
+        return {name: masked_mean(values, weight) for name, values in errors.items()}
 
     def offset_error(
-        self,
-        pose: PoseEstimate,
-        target: PoseEstimate,
-        outputs: TrainingOutputs,
-        labels: Tensor,
-        diameters: Tensor,
-        apparent: Tensor,
-        K: Tensor,
+        self, pose: PoseEstimate, truth: PairTruth, outputs: TrainingOutputs, labels: Tensor
     ) -> Tensor:
-        """[B, P] mean error of where refinement sends the anchors, far ones counted as one apparent
-        diameter"""
+        """[B, P] mean error of where refinement sends the anchors; those over a diameter off do not count"""
         assert pose.offsets is not None
         assert pose.anchors_uv is not None
+        target = truth.nearest(pose.rotation)
+        diameters = self.table.diameters[labels]
         anchors = outputs.meshes.anchors[labels][..., :3] * diameters[..., None, None]
-        truth = project(anchors @ target.rotation.transpose(-1, -2) + target.translation[..., None, :], K)
-        wanted = (truth - pose.anchors_uv) / apparent[..., None, None]
+        uv = project(anchors @ target.rotation.transpose(-1, -2) + target.translation[..., None, :], truth.K)
+        wanted = (uv - pose.anchors_uv) / apparent_size(truth.K, diameters, target)[..., None, None]
         near = wanted.norm(dim=-1) < 1.0
-        error = (pose.offsets - wanted).abs().sum(-1)
-        return (error * near).mean(-1)
+        return ((pose.offsets - wanted).abs().sum(-1) * near).mean(-1)
 
     def sigma_loss(self, pairs: PairOutputs, truth: PairTruth, diameters: Tensor) -> Tensor:
         pose = pairs.poses[-1]
@@ -246,3 +251,8 @@ class Objective:
         where = (predicted[:, :3] - coordinates).abs().sum(1)
         mask = F.binary_cross_entropy_with_logits(predicted[:, 3], (seen >= 0).float())
         return 4 * masked_mean(where, plain) + mask
+
+
+def apparent_size(K: Tensor, diameters: Tensor, pose: PoseEstimate) -> Tensor:
+    """[B, P] pixels that the diameter spans at the pose's depth; K [B, 3, 3], diameters [B, P] metres"""
+    return focal_length(K)[:, None] * diameters / pose.translation[..., 2].clamp(min=0.05)

@@ -64,6 +64,15 @@ class PairTruth:
         moved = (rotation @ table.symmetry_shift[labels][..., None])[..., 0] + base[..., None, :]
         return PairTruth(rotation @ table.symmetry_rotation[labels], moved, table.covariance[labels], K)
 
+    def repeat(self, times: int) -> PairTruth:
+        """The same truth for `times` layers, one after another in the batch"""
+        return PairTruth(
+            self.rotations.repeat(times, 1, 1, 1, 1),
+            self.translations.repeat(times, 1, 1, 1),
+            self.covariance.repeat(times, 1, 1, 1),
+            self.K.repeat(times, 1, 1),
+        )
+
     @torch.no_grad()
     def nearest(self, rotation: Tensor) -> PoseEstimate:
         """The acceptable pose whose rotation moves the surface least, in the mean square, from `rotation`."""
