@@ -35,13 +35,17 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class LabelImg3DScene:
-    """A scene's annotated images. `split` picks `ROOT/train` or `ROOT/val` of a tree that has been split."""
+    """A scene's annotated images. `split` picks `ROOT/train` or `ROOT/val` of a tree that has been split.
+
+    `models` and `images` say where those lie if not in the scene, as for a folder of predictions.
+    """
 
     def __init__(
         self,
         root: str | Path,
         split: str | None = None,
         models: str | Path | None = None,
+        images: str | Path | None = None,
         strict: bool = True,
     ) -> None:
         self.root = Path(root)
@@ -49,6 +53,7 @@ class LabelImg3DScene:
         if not self.folder.is_dir():
             raise DataError(self.folder, None, "folder is missing")
         self.models_folder = Path(models) if models else self._found_models()
+        self.images_root = Path(images) if images else self.folder
         self.problems = Problems(strict)
         self.records: dict[int, Record] = {}  # by the image's number, or counted where names are no numbers
         files = sorted((self.folder / "annotations").rglob("*.json"))
@@ -85,9 +90,9 @@ class LabelImg3DScene:
         document = read_document(file)
         relative = file.relative_to(self.folder / "annotations").with_suffix("")
         named = PureWindowsPath(str(reading.get(document, "image_file", file, None))).as_posix()
-        image_path = self.folder / named
+        image_path = self.images_root / named
         if not image_path.is_file():  # split trees keep the old name in the file
-            folder = self.folder / "images" / relative.parent
+            folder = self.images_root / "images" / relative.parent
             image_path = reading.find_image([folder], relative.name, _IMAGE_SUFFIXES)
         distance = self._distance(document, file)
         return Record(

@@ -130,11 +130,16 @@ def _labelimg3d(root: Path, split: str | None) -> PoseSet:
         """A CSV in BOP's form, or a scene's folder whose annotations are the predictions."""
         if path.is_file():
             return read_bop_csv(path)
-        found = LabelImg3DScene(path, models=scene.models_folder)
+        image_ids = {record.key: image_id for image_id, record in scene.records.items()}
+        found = LabelImg3DScene(path, models=scene.models_folder, images=scene.folder)
         return [
-            Estimate(0, image_id, a.object_id or 0, a.score, a.T_CO, scale=a.scale, box_xyxy=a.box_xyxy)
-            for image_id, record in found.records.items()
+            Estimate(
+                0, image_ids[record.key], a.object_id, a.score, a.T_CO, scale=a.scale, box_xyxy=a.box_xyxy
+            )
+            for record in found
+            if record.key in image_ids
             for a in record.annotations
+            if a.object_id is not None
         ]
 
     def write(out: Path, model: str, estimates: list[Estimate]) -> None:
