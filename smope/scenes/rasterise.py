@@ -158,9 +158,10 @@ class Rasteriser:
     def draw(self, scene: Scene, out: GBuffer) -> None:
         """Draw one scene into `out`."""
         uniforms = [_uniform(draw) for draw in scene.draws]
-        self._draw_image(scene, uniforms, out)
-        self._draw_light(scene, uniforms, out)
-        self._draw_tiles(scene, uniforms, out)
+        with self.context:  # another rasteriser of this thread may have made its own context the current one
+            self._draw_image(scene, uniforms, out)
+            self._draw_light(scene, uniforms, out)
+            self._draw_tiles(scene, uniforms, out)
 
     def _upload(self, meshes: Sequence[PreparedMesh]) -> None:
         """All meshes in two vertex arrays; each is a range of indices."""
