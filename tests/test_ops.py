@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,9 +35,9 @@ def inputs(
     ]
 
 
-def by_hand(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> np.ndarray:
+def by_hand(*tensors: Tensor) -> Any:
     """The formula in loops over queries, heads, levels and points, with numpy alone."""
-    value, reference, offsets, logits = (t.double().numpy() for t in (value, reference, offsets, logits))
+    value, reference, offsets, logits = (t.double().numpy() for t in tensors)
     batch, queries, heads, levels, points, _ = offsets.shape
     result = np.zeros((batch, queries, heads, value.shape[3]))
     for b, q, h in np.ndindex(batch, queries, heads):

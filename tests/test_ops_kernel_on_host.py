@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from smope.ops.ms_deform_attn import ms_deform_attn_torch
+from smope.ops.ms_deform_attn import ms_deform_attn_torch, sampling_locations
 
+HEADS = 3
 ROOT = Path(__file__).parents[1]
 NAMES = {torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16"}
 OUTPUT_ERROR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -56,7 +57,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, ctypes.C
         target = folder / f"kernels{number}.so"
         command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-x", "c++", "-include"]
         command += [str(ROOT / "tests/cuda_on_host/cuda_on_host.hpp"), f"-DSMOPE_HEAD={variant.head}"]
-        command += [f"-DSMOPE_LEVELS={len(variant.shapes)}", f"-DSMOPE_POINTS={variant.points}"]
+        command += [
+            f"-DSMOPE_HEADS={HEADS}",
+            f"-DSMOPE_LEVELS={len(variant.shapes)}",
+            f"-DSMOPE_POINTS={variant.points}",
+        ]
         command += [f"-DSMOPE_VALUE={NAMES[variant.value]}", f"-DSMOPE_OFFSET={NAMES[variant.offset]}"]
         command += [str(ROOT / "smope/_ext/ms_deform_attn.cu"), "-o", str(target)]
         jobs[variant] = (subprocess.Popen(command), target)
@@ -75,9 +80,7 @@ class Case:
     grad: Tensor
 
 
-def make_case(
-    variant: Variant, queries: int = 9, batch: int = 2, heads: int = 3, boxes: bool = False
-) -> Case:
+def make_case(variant: Variant, queries: int = 9, batch: int = 2, boxes: bool = False) -> Case:
     generator = torch.Generator().manual_seed(queries + 10 * batch + variant.head)
 
     def normal(*shape: int) -> Tensor:
@@ -85,14 +88,14 @@ def make_case(
 
     levels, cells = len(variant.shapes), sum(h * w for h, w in variant.shapes)
     reference = torch.rand(batch, queries, levels, 4 if boxes else 2, generator=generator)
-    offsets = normal(batch, queries, heads, levels, variant.points, 2) * 2
+    offsets = normal(batch, queries, HEADS, levels, variant.points, 2) * 2
     return Case(
         variant.shapes,
-        normal(batch, cells, heads, variant.head).to(variant.value),
+        normal(batch, cells, HEADS, variant.head).to(variant.value),
         reference,
         offsets.to(variant.offset),
-        normal(batch, queries, heads, levels, variant.points).to(variant.offset),
-        normal(batch, queries, heads * variant.head).to(variant.value),
+        normal(batch, queries, HEADS, levels, variant.points).to(variant.offset),
+        normal(batch, queries, HEADS * variant.head).to(variant.value),
     )
 
 
@@ -117,7 +120,7 @@ def problem(case: Case) -> list[object]:
     flat = [side for shape in case.shapes for side in shape]
     shapes = (ctypes.c_int * len(flat))(*flat)
     tensors = [pointer(t) for t in (case.value, case.reference, case.offsets, case.logits)]
-    return [batch, queries, case.value.shape[2], int(four == 4), shapes, *tensors]
+    return [batch, queries, int(four == 4), shapes, *tensors]
 
 
 def run_forward(library: ctypes.CDLL, case: Case) -> Tensor:
@@ -139,7 +142,8 @@ def run_backward(
         sums = torch.full(case.value[:1].shape, -7, dtype=torch.int64 if fixed else torch.float32)
     outputs = [pointer(t) for t in (case.grad, grad_value, grad_offsets, grad_logits)]
     images = 1 if sums is not None else case.value.shape[0]
-    rest = [int(in_cells), pointer(largest), pointer(sums), images, None]
+    log_sums = torch.empty(case.logits.shape[:3])
+    rest = [int(in_cells), pointer(largest), pointer(sums), pointer(log_sums), images, None]
     assert library.smope_msda_backward(*problem(case), *outputs, *rest) == 0
     return [grad_value, grad_offsets, grad_logits]
 
@@ -166,3 +170,44 @@ def test_kernels_agree_with_the_definition(
             assert relative(got[2], want[3]) < grad_tolerance, f"gradient of logits, fixed={fixed}"
         else:
             assert got[2].abs().max() == 0  # one point: its weight is 1 whatever its logit
+
+
+ENCODER = ((26, 33), (13, 17), (7, 9), (1, 1))  # 1143 cells, so many queries: the tiled way of encoders
+
+
+def encoder_case(variant: Variant, spread: float) -> Case:
+    encoder = dataclasses.replace(variant, shapes=ENCODER)
+    case = make_case(encoder, queries=sum(h * w for h, w in ENCODER), batch=1)
+    centres = [
+        torch.stack(
+            torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1
+        )
+        for h, w in ENCODER
+    ]
+    flat = torch.cat([c.reshape(-1, 2) for c in centres])
+    case.reference = flat[None, :, None].expand(1, -1, len(ENCODER), -1).contiguous()
+    case.offsets = (case.offsets.float() * spread).to(case.offsets.dtype)
+    return case
+
+
+@pytest.mark.parametrize(("number", "spread"), [(0, 1.0), (0, 10.0), (1, 1.0)], ids=str)
+def test_tiles_of_an_encoder_sum_to_the_same(
+    compiled: dict[Variant, ctypes.CDLL], number: int, spread: float
+) -> None:
+    variant = VARIANTS[number]
+    case = encoder_case(variant, spread)
+    want = exact(case, in_cells=False)
+    library = compiled[variant]
+    adds = ctypes.c_long.in_dll(library, "cuda_on_host_atomics")
+    adds.value = 0
+    got = run_backward(library, case)
+    corners = case.logits.numel() * 4 * variant.head  # additions if every corner were added by itself
+    assert adds.value < corners * (0.3 if spread == 1 else 1.0)
+    tolerance = OUTPUT_ERROR[variant.value]
+    assert relative(got[0], want[1]) < tolerance
+    sizes = torch.tensor([(w, h) for h, w in ENCODER], dtype=torch.float64)[:, None, :]
+    cells = sampling_locations(ENCODER, case.reference.double(), case.offsets.double()) * sizes - 0.5
+    clear = ((cells - cells.round()).abs() > 1e-3).all(-1)  # on a cell's border the gradient has two values
+    assert clear.double().mean() > 0.9
+    assert relative(got[1][clear], want[2][clear]) < max(OUTPUT_ERROR[variant.offset], 3e-5)
+    assert relative(got[2], want[3]) < max(OUTPUT_ERROR[variant.offset], 3e-5)

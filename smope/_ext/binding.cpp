@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -15,15 +16,14 @@ namespace {
 
 using at::Tensor;
 
-using Forward = int (*)(int, int, int, int, const int*, const void*, const float*, const void*, const void*, void*,
-                        void*);
-using Backward = int (*)(int, int, int, int, const int*, const void*, const float*, const void*, const void*,
-                         const void*, void*, void*, void*, int, const float*, void*, int, void*);
+using Forward = int (*)(int, int, int, const int*, const void*, const float*, const void*, const void*, void*, void*);
+using Backward = int (*)(int, int, int, const int*, const void*, const float*, const void*, const void*, const void*,
+                         void*, void*, void*, int, const float*, void*, float*, int, void*);
 struct Kernels {
     Forward forward;
     Backward backward;
 };
-using Key = std::tuple<int, int, int, int, int>;  // head size, levels, points, types of value and of offsets
+using Key = std::array<int, 6>;  // heads, head size, levels, points, types of value and of offsets
 
 std::mutex mutex;
 std::map<Key, Kernels>& table() {
@@ -55,14 +55,14 @@ Call prepare(const Tensor& value, at::IntArrayRef shapes, const Tensor& referenc
     TORCH_CHECK(offsets.scalar_type() == logits.scalar_type() && reference.scalar_type() == at::kFloat,
                 "ms_deform_attn: offsets and logits must have one type and reference float32; got ",
                 offsets.scalar_type(), ", ", logits.scalar_type(), ", ", reference.scalar_type());
-    const Key key{static_cast<int>(value.size(3)), static_cast<int>(logits.size(3)), static_cast<int>(logits.size(4)),
+    const Key key{call.heads, static_cast<int>(value.size(3)), static_cast<int>(logits.size(3)), static_cast<int>(logits.size(4)),
                   static_cast<int>(value.scalar_type()), static_cast<int>(offsets.scalar_type())};
     {
         std::lock_guard<std::mutex> guard(mutex);
         const auto found = table().find(key);
-        TORCH_CHECK(found != table().end(), "ms_deform_attn: no kernel is compiled for head size ", value.size(3), ", ",
-                    logits.size(3), " levels, ", logits.size(4), " points, ", value.scalar_type(), " values and ",
-                    offsets.scalar_type(), " offsets; call smope.ops.ms_deform_attn, which compiles it");
+        TORCH_CHECK(found != table().end(), "ms_deform_attn: no kernel is compiled for ", call.heads, " heads x ",
+                    value.size(3), ", ", logits.size(3), " levels, ", logits.size(4), " points, ",
+                    value.scalar_type(), " values and ", offsets.scalar_type(), " offsets; call smope.ops.ms_deform_attn, which compiles it");
         call.kernels = found->second;
     }
     call.value = ready(value);
@@ -83,10 +83,9 @@ Tensor forward(const Tensor& value, at::IntArrayRef shapes, const Tensor& refere
     const Call call = prepare(value, shapes, reference, offsets, logits);
     Tensor output = at::empty({call.batch, call.queries, call.heads * value.size(3)}, call.value.options());
     if (output.numel() == 0) return output;
-    check(call.kernels.forward(call.batch, call.queries, call.heads, call.boxes, call.shapes.data(),
+    check(call.kernels.forward(call.batch, call.queries, call.boxes, call.shapes.data(),
                                call.value.data_ptr(), call.reference.data_ptr<float>(), call.offsets.data_ptr(),
-                               call.logits.data_ptr(), output.data_ptr(),
-                               c10::cuda::getCurrentCUDAStream().stream()));
+                               call.logits.data_ptr(), output.data_ptr(), c10::cuda::getCurrentCUDAStream().stream()));
     return output;
 }
 
@@ -114,23 +113,24 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
         sums = at::empty({images, call.value.numel() / call.batch}, call.value.options().dtype(kind));
         if (deterministic) largest = given.abs().max().to(at::kFloat);
     }
+    const Tensor log_sums = at::empty({call.batch, call.queries, call.heads}, call.reference.options());
     check(call.kernels.backward(
-        call.batch, call.queries, call.heads, call.boxes, call.shapes.data(), call.value.data_ptr(),
+        call.batch, call.queries, call.boxes, call.shapes.data(), call.value.data_ptr(),
         call.reference.data_ptr<float>(), call.offsets.data_ptr(), call.logits.data_ptr(), given.data_ptr(),
         grad_value.data_ptr(), grad_offsets.data_ptr(), grad_logits.data_ptr(), in_cells,
-        deterministic ? largest.data_ptr<float>() : nullptr, sums.defined() ? sums.data_ptr() : nullptr, images,
-        c10::cuda::getCurrentCUDAStream().stream()));
+        deterministic ? largest.data_ptr<float>() : nullptr, sums.defined() ? sums.data_ptr() : nullptr,
+        log_sums.data_ptr<float>(), images, c10::cuda::getCurrentCUDAStream().stream()));
     return {grad_value, grad_offsets, grad_logits};
 }
 
 }  // namespace
 
 // Called by smope/ops/build.py for every kernel library that it loads.
-extern "C" void smope_register(int head, int levels, int points, int value, int offset, void* forward_kernel,
-                               void* backward_kernel) {
+extern "C" void smope_register(int heads, int head, int levels, int points, int value, int offset,
+                               void* forward_kernel, void* backward_kernel) {
     std::lock_guard<std::mutex> guard(mutex);
-    table()[Key{head, levels, points, value, offset}] = {reinterpret_cast<Forward>(forward_kernel),
-                                                         reinterpret_cast<Backward>(backward_kernel)};
+    table()[Key{heads, head, levels, points, value, offset}] = {reinterpret_cast<Forward>(forward_kernel),
+                                                                reinterpret_cast<Backward>(backward_kernel)};
 }
 
 TORCH_LIBRARY_IMPL(smope, CUDA, m) {

@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels of `smope/_ext` at their first use, and remembers how that went.
 
-One small library for each head size, level and point count and pair of types that a program asks for, and one
-binding to torch that they share; both are cached on disk per torch, CUDA and GPU architecture. A compile that
-fails is remembered too: it is told once, and the PyTorch path runs.
+One small library for each shape of heads, level and point count and pair of types that a program asks for,
+and one binding to torch that they share; both are cached on disk per torch, CUDA and GPU architecture. A compile
+that fails is remembered too: it is told once, and the PyTorch path runs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class KernelUnavailable(RuntimeError):
 class Kernel:
     """What a kernel library is compiled for."""
 
+    heads: int
     head: int
     levels: int
     points: int
@@ -62,11 +64,12 @@ class Kernel:
     @property
     def label(self) -> str:
         types = f"{_TYPES[self.value][1]}_{_TYPES[self.offset][1]}"
-        return f"msda_d{self.head}_l{self.levels}_p{self.points}_{types}"
+        return f"msda_h{self.heads}_d{self.head}_l{self.levels}_p{self.points}_{types}"
 
     @property
     def defines(self) -> list[str]:
         return [
+            f"-DSMOPE_HEADS={self.heads}",
             f"-DSMOPE_HEAD={self.head}",
             f"-DSMOPE_LEVELS={self.levels}",
             f"-DSMOPE_POINTS={self.points}",
@@ -140,14 +143,14 @@ def _architectures() -> list[str]:
 
 def _load_kernel(kernel: Kernel, retry: bool) -> None:
     binding = _load_binding(retry)
-    sources = [SOURCES / "ms_deform_attn.cu", SOURCES / "ms_deform_attn.cuh"]
-    flags = [*kernel.defines, "-O3", "--expt-relaxed-constexpr"]
+    sources = [SOURCES / "ms_deform_attn.cu", *sorted(SOURCES.glob("*.cuh"))]
+    flags = [*kernel.defines, "-O3"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in _architectures()]
     library = ctypes.CDLL(str(_compiled(kernel.label, sources, flags, retry)))
     functions = (library.smope_msda_forward, library.smope_msda_backward)
     entries = [ctypes.cast(function, ctypes.c_void_p) for function in functions]
     types = (_SCALAR_TYPE[kernel.value], _SCALAR_TYPE[kernel.offset])
-    binding.smope_register(kernel.head, kernel.levels, kernel.points, *types, *entries)
+    binding.smope_register(kernel.heads, kernel.head, kernel.levels, kernel.points, *types, *entries)
 
 
 @functools.cache
@@ -183,7 +186,7 @@ def _compiled(label: str, sources: list[Path], flags: list[str], retry: bool) ->
         (folder / "lock").unlink(missing_ok=True)
         cuda = sources[0].suffix == ".cu"
         try:
-            with _progress(label, quiet=target.exists()):
+            with _progress(label, quiet=target.exists()), _own_scripts_on_path():
                 cpp_extension.load(
                     name,
                     [str(sources[0])],
@@ -224,6 +227,17 @@ def _exclusive(path: Path, label: str) -> Iterator[None]:
             logger.info("smope: another process compiles %s; waiting for it", label)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _own_scripts_on_path() -> Iterator[None]:
+    """An environment's ninja is found even where the environment's python was started by its full path."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 @contextlib.contextmanager

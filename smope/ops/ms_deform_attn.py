@@ -37,13 +37,14 @@ def ms_deform_attn(
         from smope.ops.library import ms_deform_attn_operator, offset_dtype
 
         kind = offset_dtype(value.dtype, offsets.dtype, logits.dtype)
-        if _takes_kernel(value.shape[3], logits.shape[3], logits.shape[4], value.dtype, kind):
+        if _takes_kernel(value.shape[2], value.shape[3], logits.shape[3], logits.shape[4], value.dtype, kind):
             return ms_deform_attn_operator(value, spatial_shapes, reference, offsets, logits)
     return ms_deform_attn_torch(value, spatial_shapes, reference, offsets, logits)
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
-def _takes_kernel(head: int, levels: int, points: int, value: torch.dtype, offset: torch.dtype) -> bool:
+def _takes_kernel(
+    heads: int, head: int, levels: int, points: int, value: torch.dtype, offset: torch.dtype
+) -> bool:
     mode = os.environ.get("SMOPE_MSDA", "auto")
     if mode not in ("auto", "cuda", "torch"):
         raise ValueError(f"SMOPE_MSDA={mode!r}: expected auto, cuda or torch")
@@ -51,7 +52,7 @@ def _takes_kernel(head: int, levels: int, points: int, value: torch.dtype, offse
         return False
     from smope.ops.build import Kernel, KernelUnavailable, kernel_ready
 
-    kernel = Kernel(head, levels, points, value, offset)
+    kernel = Kernel(heads, head, levels, points, value, offset)
     if kernel.supported:
         return kernel_ready(kernel, insist=mode == "cuda")
     if mode == "cuda":
@@ -60,6 +61,11 @@ def _takes_kernel(head: int, levels: int, points: int, value: torch.dtype, offse
             "8 up to 128, at most 32 levels and float32, float16 or bfloat16; use SMOPE_MSDA=auto"
         )
     return False
+
+
+# torch.compile asks once, while it traces. (As torch.compiler.assume_constant_result does; but calling that
+# here would import torch._dynamo, two seconds for those who never compile.)
+_takes_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _exporting() -> bool:

@@ -57,6 +57,7 @@ inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline int __float_as_int(float x) { return same_bits<int>(x); }
 inline long long __float2ll_rn(float x) { return std::llrint(x); }
 inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
 namespace smope {
 inline float half_to_float(unsigned short bits) { return static_cast<float>(same_bits<_Float16>(bits)); }
 inline unsigned short float_to_half(float x) { return same_bits<unsigned short>(static_cast<_Float16>(x)); }
@@ -81,7 +82,8 @@ struct Block {
 };
 inline Block* block_now;
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
-inline std::vector<char> dynamic_shared;
+inline std::vector<float4> dynamic_shared;
+inline float4* dynamic_shared_memory() { return dynamic_shared.data(); }
 
 inline Fibre& me() { return block_now->fibres[block_now->current]; }
 inline void yield_fibre() {
@@ -147,6 +149,7 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
         votes |= (shuffle<int>(predicate != 0, lane) ? 1u : 0u) << lane;
     return votes;
 }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline void __syncwarp(unsigned = ~0u) { exchange(0, 0); }
 inline void __syncthreads() {
     const long turn = me().barriers++;
@@ -156,8 +159,10 @@ inline void __syncthreads() {
         return true;
     });
 }
+extern "C" inline long cuda_on_host_atomics = 0;  // made so far
 template <class T>
 T atomicAdd(T* to, T x) {
+    ++cuda_on_host_atomics;
     const T before = *to;
     *to = before + x;
     return before;
@@ -171,7 +176,7 @@ inline void fibre_main() {
 template <class Kernel, class... Args>
 void launch_on_host(Kernel kernel, dim3 grid, dim3 block, size_t shared, Args... args) {
     gridDim = grid, blockDim = block;
-    dynamic_shared.assign(shared + 64, 0x5a);  // as on a GPU, nothing is cleared
+    dynamic_shared.assign(shared / sizeof(float4), make_float4(7.f, 7.f, 7.f, 7.f));  // on a GPU it is not cleared
     Block state;
     block_now = &state;
     state.body = [&] { kernel(args...); };
@@ -205,12 +210,24 @@ void launch_on_host(Kernel kernel, dim3 grid, dim3 block, size_t shared, Args...
                 }
             }
 }
-#define SMOPE_LAUNCH_SHARED(kernel, grid, block, shared, stream, ...) \
+#define SMOPE_LAUNCH(kernel, grid, block, shared, stream, ...) \
     launch_on_host(kernel, grid, dim3(block), shared, __VA_ARGS__)
-#define SMOPE_LAUNCH(kernel, grid, block, stream, ...) SMOPE_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
+#define SMOPE_DYNAMIC_SHARED(name) float4* name = dynamic_shared_memory()
 
 inline int cudaMemsetAsync(void* to, int byte, size_t count, void*) {
     std::memset(to, byte, count);
     return 0;
 }
 inline int cudaGetLastError() { return 0; }
+inline int cudaGetDevice(int* device) { return *device = 0; }
+enum { cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline int host_shared_memory = 64 << 10;  // little, so that tests reach what does not fit
+inline int cudaDeviceGetAttribute(int* value, int, int) {
+    *value = host_shared_memory;
+    return 0;
+}
+template <class Kernel>
+int cudaFuncSetAttribute(Kernel, int, int) {
+    return 0;
+}
