@@ -121,8 +121,8 @@ class WorkerPool:
         self._left: dict[int, int] = {}
         self._where: deque[tuple[int, int]] = deque()
         self._next, self._closed = first, False
-        # Through shared memory: what goes in the arguments is read only after a process has imported torch, and
-        # `start` waits for that, so that meshes among them would start the workers one after another.
+        # Through shared memory: what goes in the arguments is read only after a process has imported torch,
+        # and `start` waits for that, so that meshes among them would start the workers one after another.
         packed = torch.frombuffer(bytearray(pickle.dumps(sampler)), dtype=torch.uint8).share_memory_()
         self._processes = [
             context.Process(
