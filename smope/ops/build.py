@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels of `smope/_ext` at their first use, and remembers how that went.
 
-One small library for each shape of heads, level and point count and pair of types that a program asks for,
-and one binding to torch that they share; both are cached on disk per torch, CUDA and GPU architecture. A compile
-that fails is remembered too: it is told once, and the PyTorch path runs.
+One small library for each shape of heads, level and point count and pair of types that a program asks
+for, and one binding to torch that they share; both are cached on disk per torch, CUDA and GPU
+architecture. A compile that fails is remembered too: it is told once, and the PyTorch path runs.
 """
 
 from __future__ import annotations
