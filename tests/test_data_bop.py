@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import made_up_bop
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from smope.data.bop import BopDataset, BopScene, Estimate, read_bop_csv, write_bop_csv
+from smope.data.bop import BopDataset, BopScene, Estimate, read_bop_csv, write_bop_csv, write_bop_scene
 from smope.data.reading import DataError
 from smope.data.records import to_batch
 
@@ -82,6 +83,23 @@ def test_batch_without_a_named_object_leaves_it_out(root: Path) -> None:
     scene = BopDataset(root).scene(5)
     assert scene.batch([7], ["obj_000004"]).labels.tolist() == [[0]]
     assert to_batch([scene.records[31]], ["obj_000001"]).labels.shape == (1, 0)
+
+
+def test_a_written_scene_comes_back(root: Path, tmp_path: Path) -> None:
+    records = list(BopDataset(root).scene(5))
+    hidden = replace(records[0].annotations[0], box_xyxy=None)
+    records[0] = replace(records[0], annotations=(hidden, *records[0].annotations[1:]))
+    write_bop_scene(tmp_path / "000005", records)
+    (tmp_path / "000005/rgb").symlink_to(root / "test/000005/rgb")
+    for record, expected in zip(BopScene(tmp_path / "000005"), records, strict=True):
+        np.testing.assert_array_equal(record.K, expected.K)
+        assert record.depth_scale == expected.depth_scale
+        for a, b in zip(record.annotations, expected.annotations, strict=True):
+            assert (a.object_id, a.visibility) == (b.object_id, b.visibility)
+            np.testing.assert_allclose(a.T_CO, b.T_CO, rtol=1e-14)
+            np.testing.assert_array_equal(a.box_xyxy, b.box_xyxy)  # type: ignore[arg-type]
+    # One line an image, as BOP's own files have it.
+    assert len((tmp_path / "000005/scene_gt.json").read_text().splitlines()) == len(records) + 2
 
 
 def test_a_scene_without_annotations_still_has_images(spoilt: Path) -> None:

@@ -7,6 +7,7 @@ row-wise rotations; everything that leaves this module is in metres, model-to-ca
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -287,6 +288,36 @@ def write_bop_csv(path: str | Path, estimates: Iterable[Estimate]) -> None:
                     repr(float(e.time)),
                 ]
             )
+
+
+def write_bop_scene(folder: str | Path, records: Sequence[Record]) -> None:
+    """scene_camera.json, scene_gt.json and scene_gt_info.json of a scene; the images stay where they are."""
+    cameras: dict[str, Any] = {}
+    truths: dict[str, Any] = {}
+    infos: dict[str, Any] = {}
+    for record in records:
+        key = str(record.image_id)
+        cameras[key] = {"cam_K": record.K.reshape(-1).tolist(), "depth_scale": record.depth_scale}
+        truths[key], infos[key] = [], []
+        for a in record.annotations:
+            if a.object_id is None:
+                raise ValueError(f"{record.key}, {a.name}: BOP's form needs an object id")
+            rotation, translation = a.T_CO[:3, :3].reshape(-1), a.T_CO[:3, 3] * 1000
+            pose = {"cam_R_m2c": rotation.tolist(), "cam_t_m2c": translation.tolist(), "obj_id": a.object_id}
+            truths[key].append(pose)
+            infos[key].append({"bbox_obj": _bbox_obj(a.box_xyxy), "visib_fract": a.visibility})
+    for name, content in (("camera", cameras), ("gt", truths), ("gt_info", infos)):
+        with atomic_path(Path(folder) / f"scene_{name}.json") as temporary:
+            rows = (f'  "{key}": {json.dumps(value, allow_nan=False)}' for key, value in content.items())
+            temporary.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")  # a line an image
+
+
+def _bbox_obj(box: FloatArray | None) -> list[float]:
+    """The stored form of a box: see `_gt_info`."""
+    if box is None:
+        return [-1, -1, -1, -1]
+    x, y, right, bottom = box.tolist()
+    return [x, y, right - x - 1, bottom - y - 1]
 
 
 def _gt_info(info: Any, file: Path, place: tuple[str | int, ...]) -> tuple[FloatArray | None, float]:
