@@ -20,7 +20,8 @@ from smope.data.bop import BopDataset, Estimate, write_bop_csv
 from smope.data.kitti import KittiDataset, label_of_pose, pose_of_label, write_labels
 from smope.data.labelimg3d import LabelImg3DScene
 from smope.data.linemod import LinemodSequence
-from smope.data.records import Annotation, Record
+from smope.data.readers import read_records
+from smope.data.records import Annotation, Record, to_batch
 from smope.evaluate.run import evaluate_dataset
 from smope.objects import ObjectModel
 from smope.poses import Poses
@@ -237,6 +238,24 @@ def test_a_model_on_kitti(kitti_root: Path, tmp_path: Path) -> None:
     assert again["objects"] == scores["objects"]
     first = evaluate_dataset(kitti_root, "kitti", csv=tmp_path / "out/data", limit=1)
     assert first["images"] == 1
+
+
+def test_every_form_opens_by_its_name(scene: Path, kitti_root: Path, tmp_path: Path) -> None:
+    folder = write_tree(tmp_path)
+    opened = {
+        "bop": read_records(tmp_path / "bop", "bop"),
+        "linemod": read_records(folder, "linemod", "train"),
+        "labelimg3d": read_records(scene, "labelimg3d"),
+        "kitti": read_records(kitti_root, "kitti"),
+    }
+    assert {name: len(records) for name, records in opened.items()} == {
+        "bop": 3, "linemod": 1, "labelimg3d": 2, "kitti": 2,
+    }  # fmt: skip
+    for records in opened.values():
+        batch = to_batch(records, sorted({a.name for r in records for a in r.annotations}))
+        assert batch.present.sum() == sum(len(r.annotations) for r in records)
+    with pytest.raises(ValueError, match="format 'voc' given; known: bop, linemod"):
+        read_records(scene, "voc")
 
 
 def test_real_street_scenes_score_one_on_their_own_annotations(data_root: Path, tmp_path: Path) -> None:

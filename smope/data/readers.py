@@ -1,0 +1,38 @@
+"""One call for every form of data that has poses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from smope.data.bop import BopDataset
+from smope.data.kitti import KittiDataset
+from smope.data.labelimg3d import LabelImg3DScene
+from smope.data.linemod import LinemodSequence
+from smope.data.records import Record
+
+
+def read_records(
+    root: str | Path, format: str, split: str | None = None, strict: bool = True
+) -> list[Record]:
+    """The images of a data set of `format` "bop", "linemod" (a data folder), "labelimg3d" or "kitti".
+
+    `split` is a part of it in its own words: "test" or "train_pbr" (BOP), "test" or "train" (LineMod),
+    "train" or "val" of a split tree (LabelImg3D), a list in ImageSets (KITTI).
+    """
+    if format not in _READERS:
+        raise ValueError(f"format {format!r} given; known: {', '.join(_READERS)}")
+    return list(_READERS[format](Path(root), split, strict))
+
+
+def _bop(root: Path, split: str | None, strict: bool) -> Iterable[Record]:
+    dataset = BopDataset(root, split or "test", strict=strict)
+    return (record for scene in dataset.scenes() for record in scene)
+
+
+_READERS: dict[str, Callable[[Path, str | None, bool], Iterable[Record]]] = {
+    "bop": _bop,
+    "linemod": lambda root, split, strict: LinemodSequence(root, split or "test", strict=strict),
+    "labelimg3d": lambda root, split, strict: LabelImg3DScene(root, split, strict=strict),
+    "kitti": lambda root, split, strict: KittiDataset(root, split, strict=strict),
+}
