@@ -14,6 +14,7 @@ from smope.networks.paper_meshes import DecodedMeshes
 from smope.networks.paper_pose import PaperPoses
 from smope.networks.position import sine_embedding, unpadded_centres
 from smope.ops import ms_deform_attn_core
+from smope.paper_surfaces import normalised, surface_points
 from smope.tools.parity_inputs import loss_offsets, loss_sample
 from smope.train.matcher import MatchCosts
 from smope.train.paper_losses import (
@@ -26,7 +27,7 @@ from smope.train.paper_losses import (
     transformed,
 )
 from smope.train.paper_matcher import matching_cost
-from smope.train.paper_meshes import icosphere, key_points, normalised, surface_points
+from smope.train.paper_meshes import icosphere, key_points
 
 Values = dict[str, Tensor]
 Spec = Mapping[str, Any]

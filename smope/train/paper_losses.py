@@ -36,6 +36,7 @@ from smope.geometry.boxes import cxcywh_to_xyxy, paired_giou
 from smope.networks.paper_meshes import DecodedMeshes
 from smope.networks.paper_pose import PaperPoses
 from smope.networks.smope_paper import PaperOutputs
+from smope.paper_surfaces import normalised, sample_surface, surface_points
 from smope.train import paper_meshes as terms
 from smope.train.matcher import MatchCosts
 from smope.train.paper_matcher import Match, match_images
@@ -110,7 +111,7 @@ class MeshTruth:
     @staticmethod
     def of(vertices: Sequence[Tensor], faces: Sequence[Tensor], key_points: int = 8) -> MeshTruth:
         """`vertices` [V, 3] each, metres, in the own frames"""
-        moved, scales, centres = zip(*(terms.normalised(v) for v in vertices), strict=True)
+        moved, scales, centres = zip(*(normalised(v) for v in vertices), strict=True)
         chosen = torch.stack([terms.key_points(v, key_points) for v in vertices])
         return MeshTruth(moved, tuple(faces), torch.stack(scales), torch.stack(centres), chosen)
 
@@ -145,6 +146,18 @@ class Predictions:
             outputs.poses,
             None if proposals is None else proposals.logits,
             None if proposals is None else proposals.raw_boxes.sigmoid(),
+        )
+
+    def float(self) -> Predictions:
+        """In float32, whatever mixed precision made of them."""
+        poses, meshes = self.poses, self.meshes
+        return Predictions(
+            self.logits.float(),
+            self.boxes.float(),
+            None if meshes is None else DecodedMeshes(*(t.float() for t in meshes)),
+            None if poses is None else PaperPoses(*(t.float() for t in vars(poses).values())),
+            None if self.proposal_logits is None else self.proposal_logits.float(),
+            None if self.proposal_boxes is None else self.proposal_boxes.float(),
         )
 
 
@@ -243,9 +256,9 @@ class PaperCriterion:
         vertices = template.vertices + meshes.offsets
         distance = []
         for i, (target, faces) in enumerate(zip(self.meshes.vertices, self.meshes.faces, strict=True)):
-            there = terms.surface_points(target, faces, *sampler(i, "target", target, faces))
+            there = surface_points(target, faces, *sampler(i, "target", target, faces))
             sample = sampler(i, "pred", vertices[i], template.faces)
-            here = terms.surface_points(vertices[i], template.faces, *sample)
+            here = surface_points(vertices[i], template.faces, *sample)
             distance.append(terms.chamfer(there, here))
         return {
             "chamfer": torch.stack(distance),
@@ -325,7 +338,7 @@ def random_sampler(count: int, generator: torch.Generator | None = None) -> Samp
     """New samples at every call."""
 
     def sample(mesh: int, which: str, vertices: Tensor, faces: Tensor) -> tuple[Tensor, Tensor]:
-        return terms.sample_surface(vertices, faces, count, generator)
+        return sample_surface(vertices, faces, count, generator)
 
     return sample
 

@@ -104,32 +104,6 @@ def laplacian(vertices: Tensor, template: Template) -> Tensor:
     return (total / degree[:, None] - vertices).norm(dim=-1).mean(-1)
 
 
-def sample_surface(
-    vertices: Tensor, faces: Tensor, count: int, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """`count` random points, even over the area, as faces [S] and barycentric weights [S, 3]"""
-    corners = vertices.detach()[faces]
-    area = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]).norm(dim=-1)
-    chosen = torch.multinomial(area, count, replacement=True, generator=generator)
-    u, v = torch.rand(2, count, device=vertices.device, generator=generator)
-    root = u.sqrt()  # so that a triangle is covered evenly
-    return chosen, torch.stack([1 - root, root * (1 - v), root * v], -1)
-
-
-def surface_points(vertices: Tensor, faces: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Faces [S] and barycentric weights [S, 3] -> points [S, 3]"""
-    return (vertices[faces[chosen]] * weights[..., None]).sum(1)
-
-
-def normalised(vertices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[V, 3] -> the same about the mean and over the largest absolute coordinate, that scale [1], that mean
-    [3]"""
-    centre = vertices.mean(0)
-    moved = vertices - centre
-    scale = moved.abs().max()[None]
-    return moved / scale, scale, centre
-
-
 def key_points(vertices: Tensor, count: int) -> Tensor:
     """[V, 3] -> [count + 1, 3]: the mean, then each time the vertex with the largest sum of squared distances
     to those before. That is the authors' rule; unlike farthest-point sampling it may repeat a vertex."""
