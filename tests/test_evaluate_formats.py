@@ -17,7 +17,7 @@ from test_data_linemod import write_tree
 from smope.camera import Camera
 from smope.data import labelimg3d
 from smope.data.bop import BopDataset, Estimate, write_bop_csv
-from smope.data.kitti import KittiDataset, label_of_pose, pose_of_label, write_labels
+from smope.data.kitti import KittiDataset, label_of_pose, pose_of_label, projected_box, write_labels
 from smope.data.labelimg3d import LabelImg3DScene
 from smope.data.linemod import LinemodSequence
 from smope.data.readers import read_records
@@ -158,11 +158,12 @@ class StreetOracle:
     def _poses(self, places: list[tuple[float, float, float]], K: Any) -> Poses:
         T = np.stack([pose_of_label(_label(*place), self.P2) for place in places])
         n = len(places)
+        boxes = [projected_box(one, (2.0, 4.0, 1.5), np.asarray(K)) for one in T]
         return Poses(
             names=("Car",) * n,
             labels=torch.zeros(n, dtype=torch.int64),
             scores=torch.full((n,), 0.5),
-            boxes_xyxy=torch.zeros(n, 4),
+            boxes_xyxy=torch.tensor(np.stack(boxes), dtype=torch.float32),
             T_CO=torch.tensor(T, dtype=torch.float32),
             scale=torch.ones(n, 3),
             visibility=torch.ones(n),
@@ -270,3 +271,14 @@ def test_real_street_scenes_score_one_on_their_own_annotations(data_root: Path, 
     values = [value for row in table.values() for value in row.values() if value is not None]
     assert set(values) == {1.0}
     assert len(values) > 30
+    # The same by way of poses: labels to class meshes and back.
+    dataset = KittiDataset(root, everything=True)
+    for name, record in dataset.records.items():
+        found = []
+        for a in record.annotations:
+            height, width, length = a.extra["label"].dimensions
+            found.append(label_of_pose(a, (width, length, height), dataset.P2[name], record.size))
+        write_labels(tmp_path / "poses" / f"{name}.txt", found)
+    by_pose = evaluate_dataset(root, "kitti", csv=tmp_path / "poses")["objects"]
+    again = [value for row in by_pose.values() for value in row.values() if value is not None]
+    assert again == pytest.approx(values, abs=1e-4)  # labels' alpha has two decimals

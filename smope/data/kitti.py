@@ -120,11 +120,12 @@ class KittiDataset:
                 raise DataError(file, line, f"no mesh of class {name}; there are {sorted(self.extents)}")
             scale = np.array([width, length, height]) / np.asarray(self.extents[name], np.float64)
         T_CO = pose_of_label(label, P2)
-        box = projected_box(T_CO, (width, length, height), P2[:, :3])
+        # A label's own box, tighter than the corners' for people, unless the image's edge has cut it.
+        corners = projected_box(T_CO, (width, length, height), P2[:, :3]) if label.truncated > 0 else None
         yield Annotation(
             name=name,
             T_CO=T_CO,
-            box_xyxy=np.array(label.bbox) if box is None else box,
+            box_xyxy=np.array(label.bbox) if corners is None else corners,
             visibility=_VISIBLE_SHARE[label.occluded] * (1 - max(label.truncated, 0)),
             scale=scale,
             object_id=CLASS_IDS.get(name),
@@ -153,15 +154,18 @@ def label_of_pose(
 ) -> KittiLabel:
     """The result line of a pose: its turn about the vertical, which is all that the form can hold.
 
-    `extents` are the mesh's along x, y, z; the 2D box is the projected box's, clipped to the image of `size`.
+    `extents` are the mesh's along x, y, z; the 2D box is the annotation's, else that of the projected
+    corners, clipped to the image of `size`.
     """
     turn = annotation.T_CO[:3, :3] @ _MESH_TO_BOX.T
     rotation_y = float(np.arctan2(turn[0, 2] - turn[2, 0], turn[0, 0] + turn[2, 2]))
     x, y, z = (annotation.T_CO[:3, 3] - camera_offset(P2)).tolist()
     width, length, height = (float(e * s) for e, s in zip(extents, annotation.scale, strict=True))
-    box = projected_box(annotation.T_CO, (width, length, height), P2[:, :3])
+    box = annotation.box_xyxy
     if box is None:
-        box = np.zeros(4) if annotation.box_xyxy is None else annotation.box_xyxy
+        box = projected_box(annotation.T_CO, (width, length, height), P2[:, :3])
+    if box is None:
+        box = np.zeros(4)
     right, bottom = size[0] - 1, size[1] - 1
     x0, y0, x1, y1 = np.clip(box, 0, [right, bottom, right, bottom]).tolist()
     return KittiLabel(
