@@ -1,19 +1,143 @@
-"""Checkpoints of the authors' trainer and of Deformable DETR: their keys and settings in our terms."""
+"""Checkpoints of the authors' trainer and of Deformable DETR: their files, keys and settings in our terms.
+
+`read_checkpoint` gives the network's configuration and weights under our names and the meshes' names in the
+order of the labels; `order_meshes` puts what a user gives into that order; `initialise_detector` takes what
+it can from Deformable DETR and accounts for every tensor.
+"""
 
 from __future__ import annotations
 
+import argparse
+import pickle
 import re
-from collections.abc import Mapping
-from typing import Any
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from smope.networks.smope_paper import SmopePaper, SmopePaperConfig
 
+T = TypeVar("T")
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says what is wrong with it."""
+
+
+# Two fields of the trainer's arguments are `PosixPath`s. A pure path of that name stands in for it: it reads
+# on every system, and under Python 3.13 too, which moved the class to another module.
+_POSIX_PATHS = [
+    type("PosixPath", (PurePosixPath,), {"__module__": module}) for module in ("pathlib", "pathlib._local")
+]
+
+
+@dataclass(frozen=True, eq=False)
+class AuthorsCheckpoint:
+    """What a file of the authors' trainer says."""
+
+    config: SmopePaperConfig
+    state: dict[str, Tensor]  # of `SmopePaper`
+    mesh_names: tuple[str, ...]  # file names such as "car_001.obj", in the order of the labels
+    dataset: str  # "KITTI3D" or "Linemod_preprocessed"
+    epoch: int
+    depth_shift: float  # metres to add to every z that the network gives
+
+    def network(self) -> SmopePaper:
+        """With its weights, in evaluation mode."""
+        network = SmopePaper(self.config)
+        network.load_state_dict(self.state, strict=True)
+        return network.eval()
+
+
+def read_checkpoint(path: str | Path) -> AuthorsCheckpoint:
+    """Read `checkpointNNNN.pth`. Nothing of the file is run: beside tensors and plain values only
+    `argparse.Namespace` and `PosixPath` are let through.
+
+    Sizes come from the tensors; the number of meshes leaves no trace in them and comes from the arguments.
+    """
+    content = load_pickle(path)
+    missing = [key for key in ("model", "args") if key not in content]
+    if missing:
+        raise CheckpointError(
+            f"{path}: no {' and '.join(map(repr, missing))} in it, but {sorted(map(str, content))}; a "
+            "checkpoint of the authors' trainer has 'model', 'optimizer', 'lr_scheduler', 'epoch' and 'args'"
+        )
+    if not isinstance(content["args"], argparse.Namespace):
+        raise CheckpointError(f"{path}: args is a {type(content['args']).__name__}, a Namespace expected")
+    arguments, state = vars(content["args"]), _tensors(path, content["model"])
+    try:
+        config = config_from_args(arguments, state)
+        with torch.device("meta"):  # names and shapes alone
+            skeleton = SmopePaper(config)
+        weights = our_state(state, skeleton)
+        names = tuple(PureWindowsPath(str(name)).name for name in arguments["model_name"])
+        count, dataset = int(arguments["model_class_num"]), str(arguments["dataset_name"])
+    except KeyError as error:
+        raise CheckpointError(f"{path}: args lack {error.args[0]!r}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if len(names) != count or len(set(names)) != count:
+        raise CheckpointError(
+            f"{path}: args name {len(names)} meshes {list(names)} with model_class_num {count}; "
+            "as many different ones expected"
+        )
+    # Their LabelImg3D annotations hold z as if the camera stood at 0.51, where it stands at 0.52.
+    shift = 0.01 if dataset == "KITTI3D" else 0.0
+    return AuthorsCheckpoint(config, weights, names, dataset, int(content.get("epoch", -1)), shift)
+
+
+def load_pickle(path: str | Path) -> dict[str, Any]:
+    """The dict in a .pth file, if it holds nothing but tensors, plain values and the two allowed classes."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    allowed: list[Any] = [argparse.Namespace, *_POSIX_PATHS]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path}: refused: it is damaged, no checkpoint, or holds objects other than tensors, plain "
+            f"values, Namespace and PosixPath ({reason})"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: a {type(content).__name__} in it, a dict expected")
+    return content
+
+
+def _tensors(path: str | Path, state: Any) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: 'model' is not a dict of tensors")
+    return {str(key): value for key, value in state.items()}
+
+
+def order_meshes(wanted: Sequence[str], given: Mapping[str, T]) -> dict[str, T]:
+    """The user's meshes in the checkpoint's order, under the user's names.
+
+    "car_001.obj" is met by the names "car_001.obj", "car_001" and "car", whatever their case.
+    """
+    left = dict(given)
+    found: dict[str, T] = {}
+    missing = []
+    for name in wanted:
+        stem = PurePosixPath(name).stem
+        spellings = {name.lower(), stem.lower(), re.sub(r"_\d+$", "", stem).lower()}
+        matching = [key for key in left if key.lower() in spellings]
+        if len(matching) == 1:
+            found[matching[0]] = left.pop(matching[0])
+        else:
+            missing.append(name + (f" (given as {matching})" if matching else ""))
+    if missing or left:
+        raise CheckpointError(
+            f"meshes {list(given)} given, {list(wanted)} expected, one each; "
+            f"missing: {', '.join(missing) or 'none'}; surplus: {', '.join(left) or 'none'}"
+        )
+    return found
 
 
 # Theirs -> ours, the first pattern that matches; `detr.` before the detector's keys is optional, as their
@@ -61,17 +185,23 @@ def our_key(key: str) -> str | None:
     return None
 
 
+def _place(key: str, wanted: Mapping[str, Tensor]) -> str | None:
+    """The one of our names in `wanted` that the authors' `key` stands for."""
+    ours = our_key(key)
+    if ours is not None and ours not in wanted:
+        # Without box refinement, heads 1, 2, ... are head 0 under further names.
+        ours = re.sub(r"^(detector\.(?:class|box)_heads)\.\d+\.", r"\1.0.", ours)
+    return ours if ours in wanted else None
+
+
 def our_state(state: Mapping[str, Tensor], network: SmopePaper) -> dict[str, Tensor]:
     """The authors' state dict under our names, every key used. Heads that they list once a layer though all
     layers share one must be equal."""
     wanted = network.state_dict()
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        ours = our_key(key)
-        if ours is not None and ours not in wanted:
-            # Without box refinement, heads 1, 2, ... are head 0 under further names.
-            ours = re.sub(r"^(detector\.(?:class|box)_heads)\.\d+\.", r"\1.0.", ours)
-        if ours is None or ours not in wanted:
+        ours = _place(key, wanted)
+        if ours is None:
             raise CheckpointError(f"{key}: not a part of the authors' network as its other keys describe it")
         if tensor.shape != wanted[ours].shape:
             raise CheckpointError(
@@ -88,46 +218,99 @@ def our_state(state: Mapping[str, Tensor], network: SmopePaper) -> dict[str, Ten
 
 def config_from_args(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> SmopePaperConfig:
     """Sizes from the tensors, and from the trainer's arguments what no tensor shows."""
-    ours = {our_key(key): tensor for key, tensor in state.items()}
+    ours = {name: tensor for key, tensor in state.items() if (name := our_key(key))}
 
     def shape(name: str) -> torch.Size:
         if name not in ours:
             raise CheckpointError(f"no tensor for {name}; is this a checkpoint of the authors' network?")
         return ours[name].shape
 
-    def count(name: str) -> int:
-        pattern = re.compile(re.escape(name) + r"\.(\d+)\.")
-        numbers = [int(m.group(1)) for key in ours if key and (m := pattern.match(key))]
-        return max(numbers, default=-1) + 1
+    def layers(name: str) -> int:
+        return len({key.split(".")[2] for key in ours if key.startswith(f"detector.{name}.")})
 
     levels, width = shape("detector.level_embed")
-    heads = int(arguments["nheads"])
     two_stage = "detector.proposal.weight" in ours
     poses = "pose_head.project.weight" in ours
-    encoder, decoder = count("detector.encoder"), count("detector.decoder")
-
-    def points(layer: str) -> int:
-        return shape(f"detector.{layer}.attention_weights.weight")[0] // (heads * levels)
-
     settings: dict[str, Any] = {}
     if poses:
         settings["surface_points"] = shape("mesh_encoder.points_branch.0.weight")[1] // 3
         settings["template_vertices"] = shape("mesh_decoder.offsets.2.weight")[0] // 3
+
+    def points(layer: str) -> int:
+        return shape(f"detector.{layer}.attention_weights.weight")[0] // (int(arguments["nheads"]) * levels)
+
     return SmopePaperConfig(
         width=width,
-        heads=heads,
+        heads=int(arguments["nheads"]),
         levels=levels,
         encoder_points=points("encoder.0.self_attn"),
         decoder_points=points("decoder.0.cross_attn"),
-        encoder_layers=encoder,
-        decoder_layers=decoder,
+        encoder_layers=layers("encoder"),
+        decoder_layers=layers("decoder"),
         hidden=shape("detector.encoder.0.feed_forward.linear1.weight")[0],
         dropout=float(arguments["dropout"]),
         queries=int(arguments["num_queries"]) if two_stage else shape("detector.query_embed.weight")[0],
         classes=shape("detector.class_heads.0.weight")[0] - 1,
         dilated=bool(arguments["dilation"]),
-        box_refine=bool(arguments["with_box_refine"]),
+        # Heads stand under the decoder too where it refines boxes with them.
+        box_refine=any("transformer.decoder.bbox_embed." in key for key in state),
         two_stage=two_stage,
         poses=poses,
         **settings,
     )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one tensor."""
+
+    key: str  # in the file, or ours where the file has none
+    shape: tuple[int, ...]
+    outcome: str
+
+
+def detector_config(state: Mapping[str, Tensor], **settings: Any) -> SmopePaperConfig:
+    """The authors' network around the detector of a Deformable DETR checkpoint: plain, refined or two-stage.
+
+    `settings` are fields of `SmopePaperConfig` that differ from the authors', such as `surface_points`.
+    """
+    defaults = {"nheads": 8, "dropout": 0.1, "dilation": False, "num_queries": 300}
+    found = vars(config_from_args(defaults, state))
+    if found["levels"] != 4:
+        raise CheckpointError(f"{found['levels']} feature levels given, 4 expected")
+    return SmopePaperConfig(**{**found, "classes": 1, "poses": True, **settings})
+
+
+def initialise_detector(network: SmopePaper, state: Mapping[str, Tensor]) -> list[Row]:
+    """Copy the tensors of a Deformable DETR checkpoint that fit. One row for each tensor of the file, and for
+    each of the detector's that the file does not fill: class heads of another number of classes stay as they
+    are."""
+    wanted = {key: t for key, t in network.state_dict().items() if key.startswith("detector.")}
+    rows, filled = [], set()
+    for key, tensor in state.items():
+        ours, shape = _place(key, wanted), tuple(tensor.shape)
+        if ours is None:
+            outcome = "left: no place for it"
+        elif tensor.shape != wanted[ours].shape:
+            outcome = f"left: {ours} is {'x'.join(map(str, wanted[ours].shape))}"
+        elif ours not in filled:
+            wanted[ours].copy_(tensor)
+            filled.add(ours)
+            outcome = f"-> {ours}"
+        elif torch.equal(tensor, wanted[ours]):
+            outcome = f"the same as {ours}"
+        else:
+            raise CheckpointError(
+                f"{key}: differs from the other tensor for {ours}; build the network by `detector_config`"
+            )
+        rows.append(Row(key, shape, outcome))
+    if not filled:
+        raise CheckpointError("none of the tensors belongs to Deformable DETR; is this its checkpoint?")
+    left = [Row(key, tuple(t.shape), "as initialised") for key, t in wanted.items() if key not in filled]
+    return rows + left
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line a tensor, for printing."""
+    width = max(len(row.key) for row in rows)
+    return "\n".join(f"{row.key:{width}}  {'x'.join(map(str, row.shape)):>12}  {row.outcome}" for row in rows)
