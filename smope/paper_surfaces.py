@@ -7,11 +7,17 @@ Here inference draws them once, with a seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import trimesh
 from torch import Tensor
 
+from smope.meshes import MeshError, load_mesh
 from smope.networks.paper_meshes import MeshSurfaces
 from smope.objects import ObjectModel
 
@@ -71,3 +77,60 @@ def object_surfaces(objects: Sequence[ObjectModel], count: int, seed: int = 0) -
     """What the network takes of these objects; the same objects give the same samples."""
     meshes = [mesh_tensors(model) for model in objects]
     return draw_surfaces([normalised(v)[0] for v, _ in meshes], [f for _, f in meshes], count, seed)
+
+
+def raw_surfaces(sources: Sequence[Any], count: int, seed: int = 0) -> MeshSurfaces:
+    """What the authors' own weights take of these meshes, which are sources as `load_mesh` has them."""
+    meshes = [raw_mesh(source) for source in sources]
+    return draw_surfaces([normalised(v)[0] for v, _ in meshes], [f for _, f in meshes], count, seed)
+
+
+def raw_mesh(source: Any) -> tuple[Tensor, Tensor]:
+    """Vertices [V, 3] in the source's own unit and faces [F, 3], unprocessed.
+
+    The authors centre on the mean of the vertices that the OBJ file lists, so a vertex that is merged, split
+    or dropped on the way moves the whole mesh: by up to a twelfth of its size in their KITTI-3D set.
+    """
+    if isinstance(source, str | Path) and Path(source).suffix.lower() == ".obj":
+        return _read_obj(Path(source))
+    if isinstance(source, trimesh.Trimesh):
+        vertices, faces = source.vertices, source.faces
+    elif hasattr(source, "verts_list") and hasattr(source, "faces_list"):  # PyTorch3D Meshes, not imported
+        vertices, faces = source.verts_list()[0].cpu(), source.faces_list()[0].cpu()
+    elif isinstance(source, Sequence) and not isinstance(source, str) and len(source) == 2:
+        vertices, faces = source
+    else:
+        mesh = load_mesh(source, "m", force=True)
+        vertices, faces = mesh.vertices, mesh.faces
+    return (
+        torch.from_numpy(np.array(vertices, dtype=np.float32)),
+        torch.from_numpy(np.array(faces, dtype=np.int64)),
+    )
+
+
+def _read_obj(path: Path) -> tuple[Tensor, Tensor]:
+    """All vertices in the file's order; polygons as fans about their first corner."""
+    if not path.is_file():
+        raise MeshError(f"{path}: no such file")
+    vertices: list[list[float]] = []
+    faces: list[list[int]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        kind, *values = line.split() or [""]
+        try:
+            if kind == "v":
+                x, y, z = map(float, values[:3])  # colours may follow
+                vertices.append([x, y, z])
+            elif kind == "f":
+                corners = [int(value.split("/")[0]) for value in values]
+                # Counted from 1; below 0 from the last vertex so far.
+                corners = [c - 1 if c > 0 else len(vertices) + c for c in corners]
+                if min(corners) < 0 or len(corners) < 3:
+                    raise ValueError
+                faces += [[corners[0], b, c] for b, c in pairwise(corners[1:])]
+        except ValueError:
+            raise MeshError(f"{path}, line {number}: a vertex or a face expected, {line!r} given") from None
+    if not faces or max(map(max, faces)) >= len(vertices):
+        raise MeshError(
+            f"{path}: {len(vertices)} vertices, {len(faces)} faces that do not fit them; damaged?"
+        )
+    return torch.tensor(vertices, dtype=torch.float32), torch.tensor(faces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from smope.networks.paper_meshes import DecodedMeshes
 from smope.networks.paper_pose import PaperPoses
-from smope.paper_surfaces import draw_surfaces, normalised, sample_surface, surface_points
+from smope.objects import MeshError
+from smope.paper_surfaces import (
+    draw_surfaces,
+    normalised,
+    raw_mesh,
+    raw_surfaces,
+    sample_surface,
+    surface_points,
+)
 from smope.train import paper_meshes as terms
 from smope.train.matcher import MatchCosts
 from smope.train.paper_losses import (
@@ -159,6 +168,45 @@ def test_a_seed_fixes_a_mesh_whatever_stands_beside_it() -> None:
     assert torch.equal(alone.points[0], both.points[1])
     assert torch.equal(alone.normals[0], both.normals[1])
     assert not torch.equal(alone.points, draw_surfaces([b[0]], [b[1]], 100, seed=6).points)
+
+
+def test_obj_files_are_read_as_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "x.obj"
+    path.write_text(
+        "# a square of four corners, one twice, and a vertex that no face uses\n"
+        "mtllib x.mtl\nv 0 0 0\nv 2 0 0 0.5 0.5 0.5\nv 2 2 0\nv 0 2 0\nv 2 2 0\nv 9 9 9\nvn 0 0 1\n"
+        "\nf 1//1 2//1 3//1 4//1\nf -6 -2 -3\n"
+    )
+    vertices, faces = raw_mesh(path)
+    assert vertices.tolist() == [[0, 0, 0], [2, 0, 0], [2, 2, 0], [0, 2, 0], [2, 2, 0], [9, 9, 9]]
+    assert faces.tolist() == [[0, 1, 2], [0, 2, 3], [0, 4, 3]]
+    for other in (
+        (vertices, faces),
+        (vertices.numpy(), faces.numpy()),
+        trimesh.Trimesh(vertices, faces, process=False),
+    ):
+        again, triangles = raw_mesh(other)
+        assert torch.equal(again, vertices)
+        assert torch.equal(triangles, faces)
+    assert raw_surfaces([path, path], 30).points.shape == (2, 30, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v 0 0\n", "line 1: a vertex or a face"),
+        ("v 0 0 0\nf 1 x 1\n", "line 2: a vertex or a face"),
+        ("v 0 0 0\nf 1 1\n", "line 2"),
+        ("v 0 0 0\nf 1 -2 1\n", "line 2"),
+        ("v 0 0 0\nf 1 2 3\n", "1 vertices, 1 faces that do not fit"),
+        ("v 0 0 0\n", "0 faces"),
+    ],
+)
+def test_damaged_obj_files_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.obj"
+    path.write_text(text)
+    with pytest.raises(MeshError, match=message):
+        raw_mesh(path)
 
 
 def test_mesh_terms_against_pytorch3d() -> None:

@@ -59,6 +59,7 @@ class PaperMeshEncoder(nn.Module):
             nn.Linear(width, width),
             nn.ReLU(),
         )
+        self.apply(_reset)
 
     @staticmethod
     def _branch(inputs: int, width: int, dropout: float) -> nn.Sequential:
@@ -83,6 +84,7 @@ class PaperMeshDecoder(nn.Module):
         self.offsets = self._tower(width, template_vertices, 3 * template_vertices)
         self.scale = self._tower(width, width // 2, 1)
         self.centre = self._tower(width, width // 2, 3)
+        self.apply(_reset)
 
     @staticmethod
     def _tower(width: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -91,3 +93,10 @@ class PaperMeshDecoder(nn.Module):
     def forward(self, features: Tensor) -> DecodedMeshes:  # [M, C]
         offsets = 2 * self.offsets(features).sigmoid() - 1
         return DecodedMeshes(offsets.unflatten(-1, (-1, 3)), self.scale(features), self.centre(features))
+
+
+def _reset(module: nn.Module) -> None:
+    """The authors' start: thousands of inputs a layer, and none too faint behind its ReLU."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight, gain=nn.init.calculate_gain("relu"))
+        nn.init.zeros_(module.bias)
