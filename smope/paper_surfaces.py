@@ -96,16 +96,14 @@ def raw_mesh(source: Any) -> tuple[Tensor, Tensor]:
     if isinstance(source, trimesh.Trimesh):
         vertices, faces = source.vertices, source.faces
     elif hasattr(source, "verts_list") and hasattr(source, "faces_list"):  # PyTorch3D Meshes, not imported
-        vertices, faces = source.verts_list()[0].cpu(), source.faces_list()[0].cpu()
+        vertices, faces = source.verts_list()[0], source.faces_list()[0]
     elif isinstance(source, Sequence) and not isinstance(source, str) and len(source) == 2:
         vertices, faces = source
     else:
         mesh = load_mesh(source, "m", force=True)
         vertices, faces = mesh.vertices, mesh.faces
-    return (
-        torch.from_numpy(np.array(vertices, dtype=np.float32)),
-        torch.from_numpy(np.array(faces, dtype=np.int64)),
-    )
+    arrays = [x.numpy(force=True) if isinstance(x, Tensor) else np.asarray(x) for x in (vertices, faces)]
+    return torch.from_numpy(arrays[0].astype(np.float32)), torch.from_numpy(arrays[1].astype(np.int64))
 
 
 def _read_obj(path: Path) -> tuple[Tensor, Tensor]:

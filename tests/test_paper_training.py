@@ -64,23 +64,29 @@ def test_truth_of_a_batch_by_hand() -> None:
 @pytest.mark.parametrize(
     "variant", [{}, {"box_refine": True}, {"box_refine": True, "two_stage": True}], ids=str
 )
-def test_five_steps_lower_the_loss(objects: list[ObjectModel], variant: dict[str, bool]) -> None:
+def test_five_steps_find_boxes_better(objects: list[ObjectModel], variant: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    network = SmopePaper(replace(TINY, **variant)).train()  # type: ignore[arg-type]
+    network = SmopePaper(replace(TINY, **variant))  # type: ignore[arg-type]
     objective = PaperObjective(objects, samples=100)
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-3)
-    losses = []
+    optimizer = torch.optim.AdamW(trained, 5e-4)
+
+    def detection() -> float:
+        """L_D without dropout; the mesh terms are drawn anew in every step, too loud for five of them."""
+        with torch.no_grad():
+            _, parts = objective(network.eval(), batch())
+        assert not any(value.requires_grad for value in parts.values())
+        return sum(value.item() for name, value in parts.items() if name.startswith("loss_"))
+
+    before = detection()
     for _ in range(5):
-        loss, parts = objective(network, batch())
+        loss, _ = objective(network.train(), batch())
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None for p in trained)
         assert all(torch.isfinite(p.grad).all() for p in trained if p.grad is not None)
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
-    assert not any(value.requires_grad for value in parts.values())
+    assert detection() < 0.9 * before
     frozen = {name.split(".")[2] for name, p in network.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "layer1"}
 
