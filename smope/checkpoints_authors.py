@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
@@ -44,7 +44,6 @@ class AuthorsCheckpoint:
     mesh_names: tuple[str, ...]  # file names such as "car_001.obj", in the order of the labels
     dataset: str  # "KITTI3D" or "Linemod_preprocessed"
     epoch: int
-    depth_shift: float  # metres to add to every z that the network gives
 
     def network(self) -> SmopePaper:
         """With its weights, in evaluation mode."""
@@ -85,9 +84,11 @@ def read_checkpoint(path: str | Path) -> AuthorsCheckpoint:
             f"{path}: args name {len(names)} meshes {list(names)} with model_class_num {count}; "
             "as many different ones expected"
         )
-    # Their LabelImg3D annotations hold z as if the camera stood at 0.51, where it stands at 0.52.
-    shift = 0.01 if dataset == "KITTI3D" else 0.0
-    return AuthorsCheckpoint(config, weights, names, dataset, int(content.get("epoch", -1)), shift)
+    if dataset == "KITTI3D":
+        # LabelImg3D writes z as if the camera stood at 0.51, where it stands at 0.52, and boxes in pixels
+        # whose centres stand at whole numbers; the authors divided them by the size without the half pixel.
+        config = replace(config, depth_shift=0.01, box_shift=0.5)
+    return AuthorsCheckpoint(config, weights, names, dataset, int(content.get("epoch", -1)))
 
 
 def load_pickle(path: str | Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from smope.checkpoints_authors import (
     our_key,
     read_checkpoint,
 )
-from smope.networks.smope_paper import pad_batch
+from smope.networks.paper_find import PaperTokens, find
+from smope.networks.smope_paper import normalise
 from smope.objects import ObjectModel
 from smope.paper_surfaces import object_surfaces
 
@@ -78,7 +79,7 @@ def test_sizes_names_and_settings_are_read(checkpoint: AuthorsCheckpoint) -> Non
     assert checkpoint.mesh_names == NAMES
     assert checkpoint.epoch == 123
     assert checkpoint.dataset == "KITTI3D"
-    assert checkpoint.depth_shift == 0.01
+    assert (config.depth_shift, config.box_shift) == (0.01, 0.5)
 
 
 def test_every_tensor_arrives(checkpoint: AuthorsCheckpoint, layout: dict[str, Any]) -> None:
@@ -110,14 +111,26 @@ def test_the_network_finds_with_registered_meshes(checkpoint: AuthorsCheckpoint)
         for parameter in network.parameters():  # constant weights make every query alike
             parameter.uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(parameter.numel()))
         features = network.encode_meshes(surfaces)
-    images, padding = pad_batch([torch.rand(3, 64, 96), torch.rand(3, 96, 64)])
-    found = network.find(images, padding, features, top_k=5)
-    assert found.scores.shape == (2, 5)
-    assert (found.scores.diff() <= 0).all()
-    assert found.labels.max() < 2
-    identity = found.rotation @ found.rotation.mT
+    images = torch.rand(2, 3, 64, 96)
+    raw = network.find(normalise(images), torch.zeros(2, 64, 96, dtype=torch.bool), features, top_k=5)
+    assert raw.scores.shape == (2, 5)
+    assert (raw.scores.diff() <= 0).all()
+    identity = raw.rotation @ raw.rotation.mT
     torch.testing.assert_close(identity, torch.eye(3).expand_as(identity), atol=1e-5, rtol=0)
-    assert torch.linalg.det(found.rotation) == pytest.approx(torch.ones(2, 5), abs=1e-5)
+    assert torch.linalg.det(raw.rotation).flatten().tolist() == pytest.approx([1.0] * 10, abs=1e-5)
+
+    # Both meshes are centred, so `Found` has the network's own translations; off-centre ones move by R c.
+    K = torch.tensor([[100.0, 0, 48], [0, 100, 32], [0, 0, 1]]).expand(2, 3, 3)
+    centred = find(network, images, K, PaperTokens(features, torch.zeros(2, 3)), top_k=5)
+    moved = find(network, images, K, PaperTokens(features, torch.tensor([[0.1, 0, 0]] * 2)), top_k=5)
+    pose = centred.pairs.poses[-1]
+    torch.testing.assert_close(pose.translation - raw.translation, torch.tensor([0, 0, 0.01]).expand(2, 5, 3))
+    torch.testing.assert_close(
+        moved.pairs.poses[-1].translation - pose.translation, 0.1 * raw.rotation[..., 0]
+    )
+    torch.testing.assert_close((centred.boxes - raw.boxes)[..., 0] * 96, torch.full((2, 5), 0.5))
+    torch.testing.assert_close((centred.boxes - raw.boxes)[..., 1] * 64, torch.full((2, 5), 0.5))
+    torch.testing.assert_close(centred.boxes[..., 2:], raw.boxes[..., 2:])
 
 
 def test_linemod_needs_no_shift(layout: dict[str, Any], tmp_path: Path) -> None:
@@ -127,7 +140,7 @@ def test_linemod_needs_no_shift(layout: dict[str, Any], tmp_path: Path) -> None:
         made_up(layout, dataset_name="Linemod_preprocessed", model_name=names, model_class_num=9), path
     )
     checkpoint = read_checkpoint(path)
-    assert checkpoint.depth_shift == 0
+    assert (checkpoint.config.depth_shift, checkpoint.config.box_shift) == (0, 0)
     assert checkpoint.mesh_names == tuple(names)
 
 

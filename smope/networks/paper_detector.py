@@ -45,6 +45,9 @@ class SmopePaperConfig:
     poses: bool = True  # without, only the detector is built
     surface_points: int = 6000
     template_vertices: int = 2562  # of the icosphere that is deformed
+    # What the annotations that it was trained on were off by, to be added to its outputs:
+    depth_shift: float = 0.0  # metres, to every z
+    box_shift: float = 0.0  # pixels, to the boxes' centres
 
     def __post_init__(self) -> None:
         if self.two_stage and not self.box_refine:
