@@ -1,7 +1,8 @@
 """A small Hugging Face hub on the loopback: repositories in memory, requests of uploads and downloads.
 
-It keeps to the protocol that huggingface_hub speaks: create, preupload, LFS batch and PUT, commit, model
-info, tree, and files with ETag and X-Repo-Commit. Weights go the LFS way, as on the real one, the rest inline.
+It keeps to the protocol that huggingface_hub speaks: create, preupload, LFS batch and PUT, commit,
+model info, tree, and files with ETag and X-Repo-Commit. Weights go the LFS way, as on the real one,
+the rest inline.
 """
 
 from __future__ import annotations

@@ -9,12 +9,13 @@ import roma
 import torch
 from torch import Tensor
 
+from smope.geometry.projection import project
 from smope.networks.attention3d import MeshAttention, MeshSimilarity
 from smope.networks.denoising import attention_mask, noised_boxes
 from smope.networks.mesh_encoder import MeshEncoder, MeshInputs, MeshTokens
 from smope.networks.outputs import PoseEstimate
 from smope.networks.pose_head import pixels_to_unit, pose_from_values, unit_to_pixels
-from smope.networks.refine import gauss_newton_step, project
+from smope.networks.refine import gauss_newton_step
 
 SIZE = (640, 480)
 K = torch.tensor([[[572.4, 0.0, 325.3], [0.0, 573.6, 242.0], [0.0, 0.0, 1.0]]])

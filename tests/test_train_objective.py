@@ -197,7 +197,7 @@ def test_surface_coordinates_at_a_stride() -> None:
         8, torch.tensor([[9.0, 9, 9], [0.0, 0.1, 0]]), torch.tensor([1.0, 0.5])
     )
     assert label.tolist() == [[[-1, 1], [-1, -1]]]
-    # pixel (12, 4): x = (12 - 8) / 10 * 2 = 0.8, y = -0.8, z = 2; minus the origin, minus the centre, over 0.5
+    # pixel (12, 4): x = (12 - 8) / 10 * 2 = 0.8, y = -0.8, z = 2; minus origin and centre, over 0.5
     assert torch.allclose(where[0, :, 0, 1], torch.tensor([1.4, -1.8, 0.2]), atol=1e-5)
     assert where[0, :, 1, 0].abs().max() == 0
 

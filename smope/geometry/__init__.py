@@ -1,1 +1,1 @@
-"""Pose maths on tensors: rotations, rigid motions, symmetric objects. Metres, OpenCV camera frame."""
+"""Pose maths on tensors: rotations, boxes, projection. Metres, pixels, OpenCV camera frame."""

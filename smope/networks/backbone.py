@@ -116,7 +116,7 @@ class EfficientNetLite2(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         # The first stages stay as ImageNet made them: their edges and colours hold for photos, which renders
-        # may not improve, and their maps are the largest, so leaving them out of the backward pass saves most.
+        # may not improve, and their maps are the largest: without them the backward pass costs half.
         with torch.no_grad():
             x = self.stem((images * 255.0 - 127.0) / 128.0)
             for stage in self.blocks[: self.fixed]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from roma import rotvec_to_rotmat
 from torch import Tensor, nn
 
+from smope.geometry.projection import project
 from smope.networks.deformable import MLP, FeedForward, zero_last
 from smope.networks.outputs import Features, PoseEstimate
 from smope.networks.pose_head import ImageSize, focal_length, pixels_to_unit
@@ -105,13 +106,6 @@ class PoseRefiner(nn.Module):
             centre = project(translation, K)
         refined = PoseEstimate(rotation, translation, centre, offsets, weights, uv)
         return refined, pairs + self.summary(seen)
-
-
-def project(points: Tensor, K: Tensor) -> Tensor:
-    """points [B, ..., 3] metres in the camera, K [B, 3, 3] or broadcastable -> [B, ..., 2] pixels"""
-    K = K.view(K.shape[0], *[1] * (points.dim() - 2), 3, 3)
-    scaled = points / points[..., 2:].clamp(min=1e-2)
-    return (K[..., :2, :] @ scaled[..., None])[..., 0]
 
 
 def gauss_newton_step(

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from smope.data.items import Batch
 from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou, xyxy_to_cxcywh
+from smope.geometry.projection import project
 from smope.geometry.rotations import geodesic_angle
 from smope.network_inputs import surface_table
 from smope.networks.mesh_encoder import MeshInputs
 from smope.networks.outputs import PairOutputs, PoseEstimate, TrainingOutputs, take, take_layers
 from smope.networks.pose_head import focal_length, pixels_to_unit
-from smope.networks.refine import project
 from smope.networks.smope_s import SmopeS, Targets
 from smope.objects import ObjectModel
 from smope.train.losses import (

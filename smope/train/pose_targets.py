@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smope.geometry.projection import project
 from smope.networks.outputs import PoseEstimate, take
-from smope.networks.refine import project
 from smope.objects import ObjectModel
 
 
