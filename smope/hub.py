@@ -6,6 +6,7 @@ can run) and `MODEL_CARD.md` (data, licences, recipe, scores).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "MODEL_CARD.md"
+CHECKSUM = "sha256"  # of the tensors, in the header of the weights
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 BUNDLED = Path(__file__).parent / "weights"
 
@@ -88,14 +90,16 @@ def resolve(
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model's folder, on the CPU and in the types of the file."""
+    """The tensors of a model's folder, on the CPU and in the types of the file; damaged ones are refused."""
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise WeightsNotFoundError(f"{path}: no such file; a model's folder holds {', '.join(MODEL_FILES)}")
     with path.open("rb") as file:
         start = file.read(32)
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as opened:
+            expected = (opened.metadata() or {}).get(CHECKSUM)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         for mark, what in _NOT_TENSORS.items():
             if start.startswith(mark):
@@ -104,18 +108,41 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
             f"{path}: {path.stat().st_size} bytes that are no whole safetensors file ({error}); "
             "it is damaged or cut short: fetch or copy it again"
         ) from None
+    if expected is not None and expected != _checksum(tensors):
+        raise WeightsError(
+            f"{path}: the tensors are not those that were saved (their {CHECKSUM} differs); "
+            "the file is damaged: fetch or copy it again"
+        )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise WeightsError(
+                f"{path}: {name} holds values that are not finite; the file is damaged, or the training "
+                "that made it failed"
+            )
+    return tensors
 
 
 def save_weights(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write the tensors into a model's folder, whole or not at all; types are kept."""
+    """Write the tensors into a model's folder, whole or not at all, with a checksum; types are kept."""
     path = Path(folder) / WEIGHTS_FILE
     # Copies, as safetensors refuses views and tensors that share memory.
     owned = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in sorted(tensors.items())
     }
-    write_atomically(path, lambda temporary: save_file(owned, temporary, metadata={"format": "pt"}))
+    # One entry only: safetensors writes several in a random order, and the same tensors give the same file.
+    metadata = {CHECKSUM: _checksum(owned)}
+    write_atomically(path, lambda temporary: save_file(owned, temporary, metadata=metadata))
     return path
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and values; safetensors itself sees no change among the values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def push(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import trimesh
 from fake_hub import TOKEN, FakeHub, Repository, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from smope import SMOPE, ObjectModel, hub
 from smope.config import ModelConfig
@@ -74,6 +76,38 @@ def test_a_failed_save_leaves_the_old_file(folder: Path, monkeypatch: pytest.Mon
         hub.save_weights(folder, {"a": torch.zeros(1)})
     assert (folder / hub.WEIGHTS_FILE).read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == sorted(hub.MODEL_FILES)
+
+
+def test_who_may_read_the_files_follows_the_umask(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    before = os.umask(0o027)
+    try:
+        path = hub.save_weights(tmp_path / "model", tensors)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_changed_values_are_refused(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One bit anywhere among the values, and zeros where a copy was cut short: safetensors sees neither."""
+    path = folder / hub.WEIGHTS_FILE
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(start, len(whole), 5):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(WeightsError, match="not those that were saved"):
+            hub.load_weights(folder)
+    path.write_bytes(whole[:start] + bytes(len(whole) - start))
+    with pytest.raises(WeightsError, match="not those that were saved"):
+        hub.load_weights(folder)
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+    assert hub.load_weights(folder).keys() == tensors.keys()  # a file of others, without a checksum
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
+    for bad in (float("nan"), float("inf")):
+        hub.save_weights(folder, {"a": torch.zeros(2), "b.weight": torch.tensor([0.0, bad]).half()})
+        with pytest.raises(WeightsError, match=r"b\.weight holds values that are not finite"):
+            hub.load_weights(folder)
 
 
 def pickled() -> bytes:
