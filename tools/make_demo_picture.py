@@ -3,13 +3,13 @@
     SMOPE_DATA=FOLDER python tools/make_demo_picture.py [--seed N | --candidates N --sheet FILE]
 
 The picture is a demonstration, not a measurement: its seed was chosen by eye among fifteen candidates for a
-pleasant view of all eight objects on which the bundled weights find the poses. How good the weights are is told
-by the scores in the model's card, on photos that nobody chose. Objects keep the colours of their scans here,
-which the scenes of training vary.
+pleasant view of all eight objects on which the bundled weights find the poses. How good the weights are is
+told by the scores in the model's card, on photos that nobody chose. Objects keep the colours of their scans
+here, which the scenes of training vary.
 
 Meshes: LM-O, CC BY-SA 4.0 (Brachmann et al. 2014, of LINEMOD, Hinterstoisser et al. 2012), so the picture is
-CC BY-SA 4.0 too. Light and background: an environment map under CC0. The wooden table is drawn by this script.
-No photo is in it.
+CC BY-SA 4.0 too. Light and background: an environment map under CC0. The wooden table is drawn by this
+script. No photo is in it.
 """
 
 from __future__ import annotations
