@@ -1,8 +1,9 @@
-"""Compiles the CUDA kernels of `smope/_ext` at their first use, and remembers how that went.
+"""Compiles the kernels of `smope/_ext`, and remembers how that went.
 
-One small library for each shape of heads, level and point count and pair of types that a program asks
-for, and one binding to torch that they share; both are cached on disk per torch, CUDA and GPU
-architecture. A compile that fails is remembered too: it is told once, and the PyTorch path runs.
+CUDA, at the first use: one small library for each shape of heads, level and point count and pair of types
+that a program asks for, and one binding to torch that they share; both are cached on disk per torch, CUDA and
+GPU architecture. A compile that fails is remembered too: it is told once, and the PyTorch path runs.
+CPU, only when asked to (`build_cpu`): one library of plain C++ for all shapes, cached per kind of processor.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -30,13 +33,16 @@ SOURCES = Path(__file__).parents[1] / "_ext"
 _TYPES = {torch.float32: ("float", "f32"), torch.float16: ("F16", "f16"), torch.bfloat16: ("BF16", "bf16")}
 _SCALAR_TYPE = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
 _EFFECT = "Deformable attention runs on PyTorch's own operators, several times slower and with more memory."
+_CPU_SOURCE = SOURCES / "ms_deform_attn_cpu.cpp"
+_CPU_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 _results: dict[Kernel, bool] = {}
+_cpu: dict[str, ctypes.CDLL | None] = {}  # "kernel": the loaded library, or None where it was not built
 _told: set[str] = set()
 _mutex = threading.RLock()
 
 
 class KernelUnavailable(RuntimeError):
-    """The CUDA kernel cannot be had, and the caller asked for nothing else."""
+    """A kernel cannot be had, and the caller asked for nothing else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +104,38 @@ def kernel_ready(kernel: Kernel, insist: bool = False) -> bool:
         return _results[kernel]
 
 
+def build_cpu() -> Path:
+    """Compile the CPU kernel for this machine, unless that is done, and load it; gives the library's path.
+
+    From then on every process of this machine takes it by default, without a compiler.
+    """
+    with _mutex:
+        target = _cpu_target()
+        if not target.exists():
+            _compile_cpu(target)
+        _cpu["kernel"] = _load_cpu(target)
+    return target
+
+
+def cpu_kernel_ready(insist: bool = False) -> bool:
+    """Whether the CPU kernel is loaded; loads it if it was built, and builds it only with `insist`."""
+    if insist and loaded_cpu_kernel() is None:
+        build_cpu()
+    if "kernel" not in _cpu:
+        with _mutex:
+            target = _cpu_target()
+            try:
+                _cpu["kernel"] = _load_cpu(target) if target.exists() else None
+            except KernelUnavailable as error:
+                _tell_once(str(error))
+                _cpu["kernel"] = None
+    return _cpu["kernel"] is not None
+
+
+def loaded_cpu_kernel() -> ctypes.CDLL | None:
+    return _cpu.get("kernel")
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept: $SMOPE_CACHE/kernels, else the user's cache folder."""
     own = os.environ.get("SMOPE_CACHE")
@@ -119,7 +157,62 @@ def status() -> dict[str, str]:
         "failed": ", ".join(failed) or "none",
         "loaded": ", ".join(kernel.label for kernel, fine in _results.items() if fine)
         or "none in this process",
+        "cpu": f"compiled: {_cpu_target()}" if _cpu_target().exists() else "not compiled: run smope build",
     }
+
+
+def _cpu_target() -> Path:
+    """Named after the source, the flags and the processor, whose instructions -march=native uses."""
+    digest = hashlib.sha256(" ".join(_CPU_FLAGS).encode() + _CPU_SOURCE.read_bytes())
+    digest.update(_processor().encode())
+    name = f"smope_msda_cpu_{platform.machine()}_{digest.hexdigest()[:8]}"
+    return cache_folder() / name / f"{name}.so"
+
+
+@functools.cache
+def _processor() -> str:
+    """What tells processors with other instructions apart."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else [platform.processor()]
+    return next((line for line in lines if line.startswith(("flags", "Features"))), lines[0] if lines else "")
+
+
+def _compile_cpu(target: Path) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    command = [*compiler.split(), *_CPU_FLAGS, "-shared", "-fPIC", str(_CPU_SOURCE), "-o", str(unfinished)]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(target.parent / "owner.lock", target.stem):
+            if target.exists():  # by the process that held the lock
+                return
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            unfinished.replace(target)  # no other process ever sees half a library
+    except (OSError, subprocess.CalledProcessError) as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        cause = next((line for line in said.splitlines() if "error" in line), said)[:300]
+        raise KernelUnavailable(
+            f"smope: the CPU kernel could not be compiled ({cause}). Command: {' '.join(command)}. Remedy: a "
+            "C++ compiler with OpenMP, named in CXX if it is not g++, and a cache folder that can be written "
+            f"(SMOPE_CACHE, now {cache_folder()}). Without it, SMOPE_MSDA=auto runs PyTorch's own operators."
+        ) from error
+    logger.info("smope: compiled the CPU kernel: %s", target)
+
+
+def _load_cpu(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+        functions = (library.smope_msda_cpu_forward, library.smope_msda_cpu_backward)
+    except (OSError, AttributeError) as error:
+        raise KernelUnavailable(
+            f"smope: the compiled CPU kernel could not be loaded ({error}). {_EFFECT} Remedy: delete "
+            f"{path.parent} and run smope build again, or set SMOPE_MSDA=torch to hide this note."
+        ) from error
+    for function in functions:
+        function.restype = None
+    return library
 
 
 def _nvcc() -> str | None:
@@ -176,7 +269,14 @@ def _compiled(label: str, sources: list[Path], flags: list[str], retry: bool) ->
     place = f"torch{torch.__version__}_cu{torch.version.cuda}_sm{'_'.join(_architectures())}"
     name = re.sub(r"\W", "_", f"smope_{label}_{place}_{digest.hexdigest()[:8]}")
     folder = cache_folder() / name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "owner.lock").touch()
+    except OSError as error:
+        raise KernelUnavailable(
+            f"smope: compiled kernels cannot be kept ({error}). {_EFFECT} Remedy: name a folder that can be "
+            "written to in SMOPE_CACHE, or set SMOPE_MSDA=torch to hide this note."
+        ) from error
     target, failure = folder / f"{name}.so", folder / "failed.json"
     with _exclusive(folder / "owner.lock", label):
         if failure.exists() and not retry:

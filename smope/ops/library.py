@@ -1,7 +1,8 @@
 """The operators `smope::ms_deform_attn` and its backward, as torch.library knows them.
 
-Schemas, shapes (for torch.compile) and gradients live here; CUDA kernels are in `smope/_ext` (see `build`).
-On a CPU the operators run the definition, so that all of this is tested where there is no GPU.
+Schemas, shapes (for torch.compile) and gradients live here; kernels are in `smope/_ext` (see `build`).
+On a CPU the operators run the C++ kernel if that is loaded, else the definition, so that all of this is
+tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smope.ops import build, cpu
 from smope.ops.ms_deform_attn import (
     Shapes,
     ms_deform_attn_core,
@@ -63,6 +65,9 @@ def _backward_shapes(
 def _forward_cpu(
     value: Tensor, spatial_shapes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
+    library = build.loaded_cpu_kernel()
+    if library is not None and cpu.takes(value, reference, offsets, logits):
+        return cpu.forward(library, value, spatial_shapes, reference, offsets, logits)
     return ms_deform_attn_torch(value, pairs(spatial_shapes), reference, offsets, logits).contiguous()
 
 
@@ -75,6 +80,9 @@ def _backward_cpu(
     logits: Tensor,
     in_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    library = build.loaded_cpu_kernel()
+    if library is not None and cpu.takes(value, reference, offsets, logits):
+        return cpu.backward(library, grad_output, value, spatial_shapes, reference, offsets, logits, in_cells)
     shapes = pairs(spatial_shapes)
     with torch.enable_grad():
         value, offsets, logits = (t.detach().requires_grad_() for t in (value, offsets, logits))

@@ -10,6 +10,7 @@ each level.
 from __future__ import annotations
 
 import os
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -29,29 +30,34 @@ def ms_deform_attn(
     offsets         [B, Q, H, L, P, 2]; cells of the level for points, P-ths of half a box side for boxes
     logits          [B, Q, H, L, P]; softmaxed over L*P here
 
-    SMOPE_MSDA=auto takes the CUDA kernel where it can be had, =cuda insists on it for tensors on a GPU,
-    =torch never takes it. Exported graphs (torch.export, ONNX) hold the plain PyTorch definition.
+    SMOPE_MSDA=auto takes a kernel where one can be had: CUDA's on a GPU, compiled at its first use, and on
+    the CPU the C++ one if `smope build` has compiled it. =cuda and =cpu insist on theirs for the tensors of
+    that device, =torch never takes one. Exported graphs (torch.export, ONNX) hold the plain definition.
     """
     check_arguments(value, spatial_shapes, reference, offsets, logits)
-    if value.device.type == "cuda" and not _exporting():
+    if not _exporting():
         from smope.ops.library import ms_deform_attn_operator, offset_dtype
 
         kind = offset_dtype(value.dtype, offsets.dtype, logits.dtype)
-        if _takes_kernel(value.shape[2], value.shape[3], logits.shape[3], logits.shape[4], value.dtype, kind):
+        # A kernel is for these sizes alone; `index` fixes them where torch.compile takes shapes as symbols.
+        sizes = (index(value.shape[2]), index(value.shape[3]), index(logits.shape[3]), index(logits.shape[4]))
+        if _takes_kernel(value.device.type, *sizes, value.dtype, kind):
             return ms_deform_attn_operator(value, spatial_shapes, reference, offsets, logits)
     return ms_deform_attn_torch(value, spatial_shapes, reference, offsets, logits)
 
 
 def _takes_kernel(
-    heads: int, head: int, levels: int, points: int, value: torch.dtype, offset: torch.dtype
+    device: str, heads: int, head: int, levels: int, points: int, value: torch.dtype, offset: torch.dtype
 ) -> bool:
     mode = os.environ.get("SMOPE_MSDA", "auto")
-    if mode not in ("auto", "cuda", "torch"):
-        raise ValueError(f"SMOPE_MSDA={mode!r}: expected auto, cuda or torch")
-    if mode == "torch":
+    if mode not in ("auto", "cuda", "cpu", "torch"):
+        raise ValueError(f"SMOPE_MSDA={mode!r}: expected auto, cuda, cpu or torch")
+    if mode == "torch" or device not in ("cuda", "cpu"):
         return False
-    from smope.ops.build import Kernel, KernelUnavailable, kernel_ready
+    from smope.ops.build import Kernel, KernelUnavailable, cpu_kernel_ready, kernel_ready
 
+    if device == "cpu":
+        return value == torch.float32 and cpu_kernel_ready(insist=mode == "cpu")
     kernel = Kernel(heads, head, levels, points, value, offset)
     if kernel.supported:
         return kernel_ready(kernel, insist=mode == "cuda")
@@ -63,15 +69,18 @@ def _takes_kernel(
     return False
 
 
-# torch.compile asks once, while it traces. (As torch.compiler.assume_constant_result does; but calling that
-# here would import torch._dynamo, two seconds for those who never compile.)
-_takes_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _exporting() -> bool:
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return True
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+# torch.compile asks both once, while it traces, and runs them instead of reading them: Dynamo of torch 2.11
+# reads `torch.compiler.is_exporting()` as True whether it exports or not, so every compiled graph would hold
+# the definition. (As torch.compiler.assume_constant_result does; but calling that here would import
+# torch._dynamo, two seconds for those who never compile.)
+_takes_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def ms_deform_attn_torch(
