@@ -84,6 +84,7 @@ def read_checkpoint(path: str | Path) -> AuthorsCheckpoint:
             f"{path}: args name {len(names)} meshes {list(names)} with model_class_num {count}; "
             "as many different ones expected"
         )
+    config = replace(config, listed_vertices=True)
     if dataset == "KITTI3D":
         # LabelImg3D writes z as if the camera stood at 0.51, where it stands at 0.52, and boxes in pixels
         # whose centres stand at whole numbers; the authors divided them by the size without the half pixel.

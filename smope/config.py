@@ -24,7 +24,10 @@ T = TypeVar("T")
 FORMAT = 1  # raised when config.json or the names of the weights change so that older readers must refuse
 
 # Which dataclass describes the network of an architecture; imported late, as this file knows no network.
-NETWORK_CONFIGS = {"smope-s": "smope.networks.smope_s:SmopeSConfig"}
+NETWORK_CONFIGS = {
+    "smope-s": "smope.networks.smope_s:SmopeSConfig",
+    "smope-paper": "smope.networks.smope_paper:SmopePaperConfig",
+}
 
 
 class ConfigError(ValueError):

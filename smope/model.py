@@ -1,7 +1,7 @@
 """SMOPE: photo + camera + meshes in, poses out. The whole way on one page.
 
 images -> `_prepare`: RGB tensors of a size near the trained one, each with its changed camera
-       -> network: queries, which mesh each one is, and where that mesh stands (smope/networks/smope_s.py)
+       -> `find`: queries, which mesh each one is, and where that mesh stands (smope/networks/smope_s.py)
        -> `_collect`: boxes back to the photo's pixels, poses back to each mesh's own frame -> `Poses`
 """
 
@@ -20,24 +20,33 @@ from torch import Tensor
 
 import smope
 from smope import hub
+from smope.architectures import (
+    Network,
+    Tokens,
+    build_network,
+    encode,
+    find,
+    join,
+    size_slack,
+    tokens_from_tensors,
+    tokens_to_tensors,
+)
+from smope.authors_models import read_authors_model
 from smope.camera import Camera
+from smope.camera_arguments import cameras_from
 from smope.config import ModelConfig
 from smope.files import write_atomically
 from smope.geometry.boxes import paired_iou
 from smope.images import load_image
-from smope.network_inputs import mesh_inputs, pad_to_multiple
-from smope.networks.mesh_encoder import MeshTokens
 from smope.networks.pose_head import unit_to_pixels
-from smope.networks.smope_s import Found, SmopeS
+from smope.networks.smope_paper import SmopePaper
+from smope.networks.smope_s import Found
 from smope.objects import ObjectModel
 from smope.poses import Poses
 
 log = logging.getLogger(__name__)
 
 OVERLAP_OF_ONE = 0.7  # two boxes of one mesh that overlap by this IoU are the same object
-SIZE_SLACK = (
-    1.25  # photos are resized only where their area differs from the trained one by more than this, squared
-)
 
 
 class SMOPE:
@@ -45,10 +54,10 @@ class SMOPE:
 
     def __init__(
         self,
-        network: SmopeS,
+        network: Network,
         config: ModelConfig,
         trained: Mapping[str, ObjectModel],
-        tokens: Mapping[str, MeshTokens] | None = None,
+        tokens: Mapping[str, Tokens] | None = None,
         card: str = "",
     ) -> None:
         """`trained` is what the weights have seen; `tokens` are its encodings, made anew where not given."""
@@ -57,12 +66,13 @@ class SMOPE:
         self.card = card
         self.trained = dict(trained)
         self._trained_tokens = dict(
-            tokens or {name: self._encode(model) for name, model in self.trained.items()}
+            tokens or {name: encode(network, model) for name, model in self.trained.items()}
         )
         self.objects: dict[str, ObjectModel] = {}  # what is looked for now; the order is that of the labels
-        self._tokens: MeshTokens | None = None
+        self._token_of: dict[str, Tokens] = {}  # of each of those
+        self._tokens: Tokens | None = None  # of all together, on the device
         if self.trained:
-            self._replace_objects(self.trained)
+            self._replace_objects(self.trained, self._trained_tokens)
 
     # -- weights --------------------------------------------------------------------------------------------
 
@@ -74,21 +84,32 @@ class SMOPE:
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        meshes: Mapping[str, Any] | None = None,
+        units: str | None = None,
     ) -> SMOPE:
-        """A bundled name such as "lmo", a folder, or a Hugging Face id; computes in float32."""
+        """A bundled name such as "lmo", a folder, or a Hugging Face id; computes in float32.
+
+        A `.pth` file of the authors' trainer is read too. It holds no meshes: `meshes` and `units` give
+        those it was trained on, as for `register_meshes`. Elsewhere they are registered at once.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if Path(name_or_path).suffix == ".pth":
+            return cls(*read_authors_model(name_or_path, device, meshes, units))
         folder = hub.resolve(name_or_path, revision, cache_dir, local_files_only)
         config = ModelConfig.load(folder / hub.CONFIG_FILE)
         weights, objects, tokens = _split_objects(hub.load_weights(folder), config)
-        network = SmopeS(config.network)
+        network = build_network(config.network)
         try:
             network.load_state_dict(weights, strict=True)
         except RuntimeError as error:
             raise hub.WeightsError(f"{folder}: the weights do not fit config.json: {error}") from None
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         card = folder / hub.CARD_FILE
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        return cls(network.to(device), config, objects, tokens, text)
+        model = cls(network.to(device), config, objects, tokens, text)
+        if meshes is not None:
+            model.register_meshes(meshes, units)
+        return model
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json, model.safetensors and the card.
@@ -100,9 +121,7 @@ class SMOPE:
         state = self.network.state_dict()
         tensors = {key: t.to(dtype) if dtype and t.is_floating_point() else t for key, t in state.items()}
         for name, model in self.trained.items():
-            described = model.to_tensors()
-            described["embedding"] = self._trained_tokens[name].embedding[0]
-            described["local"] = self._trained_tokens[name].local[0]
+            described = {**model.to_tensors(), **tokens_to_tensors(self._trained_tokens[name])}
             tensors.update({f"objects.{name}.{key}": tensor for key, tensor in described.items()})
         hub.save_weights(folder, tensors)
         replace(self.config, smope_version=smope.__version__).save(folder / hub.CONFIG_FILE)
@@ -150,8 +169,10 @@ class SMOPE:
                 name: self._from_mesh(name, source, units, symmetries, force)
                 for name, source in meshes.items()
             }
+            tokens = {name: encode(self.network, model, meshes[name]) for name, model in found.items()}
         else:
             found = {name: self._trained(name) for name in meshes}
+            tokens = {name: self._trained_tokens[name] for name in found}
         if not found and not add:
             raise ValueError("no meshes given; register at least one")
         strangers = [name for name, model in found.items() if not model.trained]
@@ -163,7 +184,18 @@ class SMOPE:
                 ", ".join(self.config.objects),
                 "this mesh" if len(strangers) == 1 else "these meshes",
             )
-        self._replace_objects({**self.objects, **found} if add else found)
+        if (
+            isinstance(self.network, SmopePaper)
+            and found.keys() | (self.objects if add else {}) != self.trained.keys()
+        ):
+            log.warning(
+                "smope-paper looks at all registered meshes at once: with others than all of %s it was not "
+                "trained, and every pose is another",
+                ", ".join(self.trained),
+            )
+        if add:
+            found, tokens = {**self.objects, **found}, {**self._token_of, **tokens}
+        self._replace_objects(found, tokens)
 
     def _trained(self, name: str) -> ObjectModel:
         if name not in self.trained:
@@ -210,20 +242,9 @@ class SMOPE:
             )
         return replace(model, trained=True)
 
-    def _replace_objects(self, objects: Mapping[str, ObjectModel]) -> None:
-        tokens = [
-            self._trained_tokens[name] if self.trained.get(name) is model else self._encode(model)
-            for name, model in objects.items()
-        ]
-        self._tokens = MeshTokens.cat(tokens).to(self.device) if tokens else None
-        self.objects = dict(objects)
-
-    @torch.no_grad()
-    def _encode(self, model: ObjectModel) -> MeshTokens:
-        """One mesh alone, so that its tokens do not depend on which others are registered."""
-        config = self.network.config
-        inputs = mesh_inputs([model], config.surface_points, config.anchors)
-        return self.network.encode_meshes(inputs.to(self.device))
+    def _replace_objects(self, objects: Mapping[str, ObjectModel], tokens: Mapping[str, Tokens]) -> None:
+        self.objects, self._token_of = dict(objects), dict(tokens)
+        self._tokens = join(list(tokens.values()), self.device) if tokens else None
 
     # -- images ---------------------------------------------------------------------------------------------
 
@@ -242,7 +263,8 @@ class SMOPE:
         `image` is a path, a PIL image, a uint8 array [H, W, 3] or a float tensor [3, H, W] in 0..1. `K`
         [3, 3] in pixels of that image, or `fov`, the horizontal field of view in degrees; one for all or one
         an image. `dist` are OpenCV's distortion coefficients. Without K and fov the checkpoint's own camera
-        serves, if the image has its size. Detections below `threshold` are left out, and all but the best `top_k`.
+        serves, if the image has its size. Detections below `threshold` are left out, and all but the best
+        `top_k`.
         """
         if self._tokens is None:
             raise ValueError("no meshes are registered; call register_meshes first")
@@ -250,7 +272,7 @@ class SMOPE:
             raise ValueError(f"threshold {threshold} and top_k {top_k} given; 0..1 and at least 1 expected")
         many = isinstance(image, (list, tuple))
         pictures = [load_image(one) for one in (image if many else [image])]
-        cameras = _cameras(pictures, K, fov, dist, self.config)
+        cameras = cameras_from(pictures, K, fov, dist, self.config)
         results: list[Poses | None] = [None] * len(pictures)
         prepared = [self._prepare(p, c) for p, c in zip(pictures, cameras, strict=True)]
         by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -259,13 +281,9 @@ class SMOPE:
         for indices in by_shape.values():
             images = torch.stack([prepared[i][0] for i in indices])
             intrinsics = torch.stack([prepared[i][1].K for i in indices]).to(self.device)
-            found = self.network(pad_to_multiple(images), intrinsics, self._tokens, top_k)
-            padded = pad_to_multiple(images[:1]).shape
+            found, frame = find(self.network, images, intrinsics, self._tokens, top_k)
             for row, i in enumerate(indices):
-                scaled = prepared[i][1]
-                results[i] = self._collect(
-                    found, row, (padded[-1], padded[-2]), scaled, cameras[i], threshold
-                )
+                results[i] = self._collect(found, row, frame, prepared[i][1], cameras[i], threshold)
         poses = [p for p in results if p is not None]
         return poses if many else poses[0]
 
@@ -278,7 +296,8 @@ class SMOPE:
         trained = self.config.image_size[0] * self.config.image_size[1]
         ratio = (trained / (width * height)) ** 0.5
         pinhole = camera.pinhole
-        if 1 / SIZE_SLACK <= ratio <= SIZE_SLACK:
+        slack = size_slack(self.network.config)
+        if 1 / slack <= ratio <= slack:
             return image, pinhole
         size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
         image = F.interpolate(
@@ -290,7 +309,7 @@ class SMOPE:
         self,
         found: Found,
         row: int,
-        padded: tuple[int, int],
+        frame: tuple[int, int],
         scaled: Camera,
         camera: Camera,
         threshold: float,
@@ -299,7 +318,7 @@ class SMOPE:
         names = tuple(self.objects)
         boxes = found.boxes[row]
         corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1)
-        corners = unit_to_pixels(corners.unflatten(-1, (2, 2)), padded).flatten(-2)
+        corners = unit_to_pixels(corners.unflatten(-1, (2, 2)), frame).flatten(-2)
         keep = _distinct(corners, found.labels[row], found.scores[row] >= threshold).cpu()
 
         labels = found.labels[row].cpu()[keep]
@@ -330,7 +349,7 @@ class SMOPE:
 
 def _split_objects(
     tensors: Mapping[str, Tensor], config: ModelConfig
-) -> tuple[dict[str, Tensor], dict[str, ObjectModel], dict[str, MeshTokens]]:
+) -> tuple[dict[str, Tensor], dict[str, ObjectModel], dict[str, Tokens]]:
     """A checkpoint's tensors -> the network's in float32, the trained objects in order, and their tokens."""
     network = {
         key: t.float() if t.is_floating_point() else t
@@ -343,63 +362,12 @@ def _split_objects(
         own = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         try:
             objects[name] = model = ObjectModel.from_tensors(name, own)
-            inputs = mesh_inputs([model], config.network.surface_points, config.network.anchors)
-            tokens[name] = MeshTokens(
-                own["embedding"].float()[None], own["local"].float()[None], inputs.diameters, inputs.anchors
-            )
+            tokens[name] = tokens_from_tensors(config.network, model, own)
         except KeyError as error:
             raise hub.WeightsError(
                 f"the weights lack {prefix}{error.args[0]}, though config.json names {name!r}"
             ) from None
     return network, objects, tokens
-
-
-def _cameras(pictures: Sequence[Tensor], K: Any, fov: Any, dist: Any, config: ModelConfig) -> list[Camera]:
-    """One camera an image from what the caller gave: one value for all, or one an image."""
-    count = len(pictures)
-    sizes = [(p.shape[-1], p.shape[-2]) for p in pictures]
-    if K is not None and fov is not None:
-        raise ValueError("both K and fov given; pass one of them")
-    lenses = _one_each(dist, count, 1, "dist")
-    if K is not None:
-        matrices = _one_each(K, count, 2, "K")
-        return [Camera(k, s, d) for k, s, d in zip(matrices, sizes, lenses, strict=True)]
-    if fov is not None:
-        angles = _one_each(fov, count, 0, "fov")
-        return [Camera.from_fov(float(a), s, d) for a, s, d in zip(angles, sizes, lenses, strict=True)]
-    cameras = []
-    for size, lens in zip(sizes, lenses, strict=True):
-        if size != tuple(config.image_size):
-            raise ValueError(
-                f"no camera given for an image of {size[0]}x{size[1]}: pass K=[[fx, 0, cx], [0, fy, cy], "
-                f"[0, 0, 1]] in pixels, or fov= the horizontal field of view in degrees (only images of "
-                f"{config.image_size[0]}x{config.image_size[1]} may go without, by the camera of the weights)"
-            )
-        cameras.append(Camera(torch.tensor(config.K), size, lens))
-    return cameras
-
-
-def _one_each(value: Any, count: int, dims: int, name: str) -> list[Any]:
-    """`value` is one thing of `dims` dimensions for all images, or a sequence of `count` such things."""
-    if value is None:
-        return [None] * count
-    if (
-        isinstance(value, (list, tuple))
-        and len(value)
-        and any(isinstance(v, Tensor) or hasattr(v, "shape") for v in value)
-    ):
-        each = [torch.as_tensor(v) for v in value]
-    else:
-        try:
-            tensor = torch.as_tensor(value, dtype=torch.float64)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{name}: numbers expected, {value!r} given") from error
-        if tensor.dim() <= dims:
-            return [tensor] * count
-        each = list(tensor)
-    if len(each) != count:
-        raise ValueError(f"{name}: {len(each)} given for {count} image(s); pass one for all or one an image")
-    return each
 
 
 def _distinct(boxes: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:

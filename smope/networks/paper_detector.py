@@ -45,6 +45,8 @@ class SmopePaperConfig:
     poses: bool = True  # without, only the detector is built
     surface_points: int = 6000
     template_vertices: int = 2562  # of the icosphere that is deformed
+    # Meshes are centred on the mean of all vertices that their files list, not of those `load_mesh` keeps:
+    listed_vertices: bool = False
     # What the annotations that it was trained on were off by, to be added to its outputs:
     depth_shift: float = 0.0  # metres, to every z
     box_shift: float = 0.0  # pixels, to the boxes' centres

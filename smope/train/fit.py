@@ -15,24 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smope.architectures import Network, architecture_of, build_network
 from smope.config import ConfigError, ModelConfig, from_json, to_json
 from smope.data.items import Batch
 from smope.data.records import Record
 from smope.files import write_atomically
 from smope.model import SMOPE
-from smope.networks.backbone import load_imagenet_weights
-from smope.networks.smope_s import SmopeS, SmopeSConfig
 from smope.objects import ObjectModel
 from smope.scenes.assets import SceneAssets, build_assets
 from smope.scenes.config import SceneConfig
-from smope.train.checkpoint import load_checkpoint, load_small, small_files
+from smope.train.choice import AnyObjective, make_objective, network_config
 from smope.train.distributed import Ranks, joined
 from smope.train.held_out import HeldOut
-from smope.train.loop import CHECKPOINT, SMALL, Loop, LoopResult, LoopState
-from smope.train.objective import LossConfig, Objective
+from smope.train.loop import Loop, LoopResult
 from smope.train.preview import draw_truth
 from smope.train.recipe import DataConfig, Recipe, expand, load_recipe
 from smope.train.sources import Source, record_source, scene_source
+from smope.train.start import begin
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +39,19 @@ MODEL, FIRST_BATCH, SCORES = "model", "first_batch.jpg", "held_out_scores.json"
 
 
 class PoseTask:
-    """What the loop trains: the default network with its objective, scored on held-out images."""
+    """What the loop trains: a network by its objective, scored on held-out images."""
 
-    def __init__(self, objects: Sequence[ObjectModel], config: LossConfig, held_out: Sequence[Batch]) -> None:
-        self.objective = Objective(objects, config)
+    def __init__(
+        self, objective: AnyObjective, objects: Sequence[ObjectModel], held_out: Sequence[Batch]
+    ) -> None:
+        self.objective = objective
         self.judge = HeldOut(objects, held_out) if held_out else None
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        assert isinstance(model, SmopeS)
         return self.objective(model, batch)
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        assert isinstance(model, SmopeS)
+        assert isinstance(model, Network)
         return self.judge.scores(model) if self.judge else {}
 
 
@@ -70,6 +70,8 @@ def fit(
     backbone: str | Path | None = None,
     continue_schedule: bool = False,
     device: torch.device | str | None = None,
+    architecture: str | None = None,
+    objective: str | None = None,
     **run_options: Any,
 ) -> Path:
     """Train a model for these meshes; returns the folder of the model, for `SMOPE.from_pretrained`.
@@ -81,21 +83,26 @@ def fit(
     full checkpoint, or a small one; with `continue_schedule` the run also stands where that small checkpoint
     stood. `backbone` is a file of ImageNet weights, used where there is no `init`.
 
+    `architecture` is "smope-s" or "smope-paper", the authors' network, whose `objective` is "paper" or
+    "paper-verbatim"; its `init` may also be a .pth of the authors' trainer or of Deformable DETR, which then
+    says how large the network is.
+
     Ctrl-C saves and then raises KeyboardInterrupt. A run that was killed, interrupted, or ended after
     `piece_minutes` goes on with `resume=True`, on the same data and schedule. Under `torchrun` every process
     renders its own scenes; the first one writes.
     """
-    plan = _planned(recipe, max_minutes, run_options)
+    plan = _planned(recipe, max_minutes, run_options, {"architecture": architecture, "objective": objective})
     with joined(device) as ranks:
         objects = objects_of(meshes, units, symmetries, plan.data)
         source, scene_config = _source(objects, scenes, dataset, assets, plan, ranks)
-        network_config = from_json(SmopeSConfig, plan.network, "network")
+        config = network_config(plan, init)
+        loss = make_objective(plan, objects, config)
         # The same start in every process, whatever was drawn before.
         torch.manual_seed(plan.run.seed)
-        network = SmopeS(network_config)
+        network = build_network(config)
         loop = Loop(
             network,
-            PoseTask(objects, from_json(LossConfig, plan.loss, "loss"), source.held_out),
+            PoseTask(loss, objects, source.held_out),
             source.stream,
             plan.optim,
             plan.run,
@@ -105,7 +112,7 @@ def fit(
             lambda batch: _show(batch, objects, Path(out)),
         )
         pretrained = backbone or (expand(plan.data.backbone) if plan.data.backbone else None)
-        _begin(loop, init, pretrained, resume, continue_schedule)
+        begin(loop, init, pretrained, resume, continue_schedule)
         result = loop.run()
         if result.interrupted:
             raise KeyboardInterrupt(
@@ -160,9 +167,15 @@ def _read_symmetries(data: DataConfig) -> Mapping[str, Any] | str | None:
 
 
 def _planned(
-    recipe: str | Path | Recipe | None, max_minutes: float | None, run_options: Mapping[str, Any]
+    recipe: str | Path | Recipe | None,
+    max_minutes: float | None,
+    run_options: Mapping[str, Any],
+    choices: Mapping[str, str | None],
 ) -> Recipe:
     plan = recipe if isinstance(recipe, Recipe) else Recipe() if recipe is None else load_recipe(recipe)
+    chosen = {name: choice for name, choice in choices.items() if choice is not None}
+    if chosen:
+        plan = from_json(Recipe, {**to_json(plan), **chosen})
     given = {key: value for key, value in run_options.items() if value is not None}
     if max_minutes is not None:
         given["max_minutes"] = max_minutes
@@ -233,44 +246,6 @@ def _in_order(assets: SceneAssets, objects: Sequence[ObjectModel]) -> SceneAsset
     return replace(assets, targets=tuple(stored[model.name] for model in objects))
 
 
-def _begin(
-    loop: Loop, init: str | Path | None, backbone: str | Path | None, resume: bool, continue_schedule: bool
-) -> None:
-    """Give the loop its first weights: of the run's own checkpoint, of `init`, or of ImageNet."""
-    if resume and loop.resume():
-        return
-    if init is not None:
-        weights, note = _weights_of(init)
-        spent = None
-        if continue_schedule:
-            if "step" not in note:
-                raise ConfigError(
-                    f"{init} does not say where its run stood; continue_schedule needs a small checkpoint"
-                )
-            spent = LoopState(step=int(note["step"]), seconds=float(note["seconds"]))
-        loop.start_from(weights, spent)
-    elif backbone is not None:
-        network = loop.model
-        assert isinstance(network, SmopeS)
-        load_imagenet_weights(network.backbone, Path(backbone))
-        loop.start_from(network.state_dict())
-    else:
-        log.warning("no init and no backbone weights: training from random weights takes far longer")
-
-
-def _weights_of(init: str | Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
-    path = Path(init)
-    if path.is_dir() and small_files(path / SMALL):
-        path = path / SMALL
-    elif path.is_dir() and (path / CHECKPOINT).is_file():
-        path = path / CHECKPOINT
-    if path.suffix == ".pt":
-        return load_checkpoint(path)["ema"], {}
-    if path.suffix == ".safetensors":
-        return load_small(path)
-    return SMOPE.from_pretrained(init, device="cpu").network.state_dict(), {}
-
-
 def _about(
     plan: Recipe, objects: Sequence[ObjectModel], network: nn.Module, scenes: SceneConfig | None
 ) -> dict[str, Any]:
@@ -295,11 +270,11 @@ def _save_model(
 ) -> None:
     """Write the averaged weights as a model, read that back, and score what was read."""
     averaged = loop.ema.model
-    assert isinstance(averaged, SmopeS)
+    assert isinstance(averaged, Network)
     diameters = [model.diameter for model in objects]
     K = source.K.double().tolist()
     config = ModelConfig(
-        architecture="smope-s",
+        architecture=architecture_of(averaged.config),
         network=averaged.config,
         objects=tuple(model.name for model in objects),
         image_size=source.image_size,
@@ -308,7 +283,7 @@ def _save_model(
     )
     trained = {model.name: replace(model, trained=True) for model in objects}
     # Tokens of the weights as the file holds them: halved before the meshes are encoded.
-    halved = SmopeS(averaged.config)
+    halved = build_network(averaged.config)
     halved.load_state_dict(
         {k: v.half().float() if v.is_floating_point() else v for k, v in averaged.state_dict().items()}
     )

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from smope.architectures import Network, encode_objects, find
 from smope.data.items import Batch
 from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou
-from smope.network_inputs import mesh_inputs
 from smope.networks.pose_head import unit_to_pixels
-from smope.networks.smope_s import Found, SmopeS
+from smope.networks.smope_s import Found
 from smope.objects import ObjectModel
 
 MIN_VISIBILITY = 0.1  # of the silhouette: BOP's targets are at least so visible
@@ -36,14 +36,13 @@ class HeldOut:
         self._points = [model.points[:POINTS].to(device) for model in objects]  # [V, 3] metres, own frame
         self._symmetries = [model.symmetries.transforms(_SYMMETRY_STEP).to(device) for model in objects]
 
-    def scores(self, network: SmopeS) -> dict[str, float]:
+    def scores(self, network: Network) -> dict[str, float]:
         """AR_MSSD, AR_MSPD, box IoU, visibility error, median depth error and share found."""
         device = self.batches[0].images.device
-        inputs = mesh_inputs(self.objects, network.config.surface_points, network.config.anchors)
-        tokens = network.encode_meshes(inputs.to(device))
+        tokens = encode_objects(network, self.objects, device)
         rows = []
         for batch in self.batches:
-            found = network(batch.images.float(), batch.K, tokens, 64)
+            found, _ = find(network, batch.images.float(), batch.K, tokens, 64)
             rows.append(self._errors(found, batch))
         table = torch.cat(rows).double().cpu()  # [T, 6]
         if not len(table):

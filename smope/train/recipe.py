@@ -72,6 +72,10 @@ class RunConfig:
 class Recipe:
     """A whole run. Scenes, network and loss stay tables here; `fit` reads them into their dataclasses."""
 
+    architecture: Literal["smope-s", "smope-paper"] = "smope-s"  # the default network, or the authors'
+    # The loss. "default" is the architecture's own: for smope-paper that of the authors with its defects
+    # mended, "paper"; "paper-verbatim" is theirs as it was.
+    objective: Literal["default", "paper", "paper-verbatim"] = "default"
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
