@@ -127,7 +127,10 @@ def test_model_config_comes_back_equal(model_config: ModelConfig, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "vast"}, r"architecture 'vast' given, one of \['smope-paper', 'smope-s', 'toy'\] expected"),
+        (
+            {"architecture": "vast"},
+            r"architecture 'vast' given, one of \['smope-paper', 'smope-s', 'toy'\] expected",
+        ),
         ({"format": 99}, r"format 99 given, 1 expected; it was written by smope 0.1.0"),
         ({"network": {"widht": 1}}, r"network.widht: unknown key; did you mean 'width'"),
         ({"network": None}, r"network: an object with keys expected, None given"),
