@@ -52,7 +52,7 @@ class ConvNorm(nn.Module):
         bias = self.norm.bias - self.norm.running_mean * scale
         x, padding = self._padded(x)
         x = F.conv2d(x, weight, bias, self.conv.stride, padding, 1, self.conv.groups)
-        return F.relu6(x) if self.relu else x
+        return F.relu6(x, inplace=True) if self.relu else x  # the largest maps: one pass less over memory
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The image, and how much the convolution itself is to pad at both ends of (height, width)"""
