@@ -1,16 +1,18 @@
-"""Rebuild the tables of scores in README.md and in the model cards from committed JSON.
+"""Rebuild the tables of scores in README.md, the model cards, docs/ and benchmarks/ from committed records.
 
     python tools/update_tables.py           # rewrites them
     python tools/update_tables.py --check   # changes nothing; fails if one is stale
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Its figures come from
 `benchmarks/peers.json` and from the `scores.json` that `smope evaluate` wrote for the bundled weights, which
-must be of the very file of weights that lies beside it.
+must be of the very file of weights that lies beside it. Those of a training run come from the `run.json` and
+`curves.csv` that `smope fit` wrote.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import difflib
 import hashlib
 import json
@@ -24,6 +26,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+_HELD_OUT = {  # column of curves.csv -> heading
+    "AR_MSSD": "AR_MSSD",
+    "AR_MSPD": "AR_MSPD",
+    "box_IoU": "box IoU",
+    "found": "found",
+    "visibility_error": "visibility error",
+    "depth_error": "depth error",
+}
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -155,6 +165,40 @@ def card_table(model: BundledModel) -> list[str]:
     return [*_table(heading, rows), "", said]
 
 
+def training_table(record: Path) -> list[str]:
+    """Scores on held-out renders as training went on."""
+    pieces = _read(record / "run.json")["pieces"]
+    batch = pieces[-1]["images"] / (pieces[-1]["last_step"] - pieces[-1]["first_step"])
+    rows = []
+    with (record / "curves.csv").open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            if line["score/AR"]:
+                minutes, processes = float(line["minutes"]), pieces[-1]["processes"]
+                figures = [float(line[f"score/{key}"]) for key in _HELD_OUT]
+                images = round(int(line["step"]) * batch)
+                heading = [f"{minutes:.1f}", f"{minutes * processes:.1f}", f"{images:,}"]
+                rows.append([*heading, *(f"{figure:.3f}" for figure in figures)])
+    return _table(["minutes", "GPU minutes", "images", *_HELD_OUT.values()], rows)
+
+
+def pieces_table(record: Path) -> list[str]:
+    """How fast each piece of a training run was."""
+    rows = [
+        [
+            piece["started"][:16].replace("T", " "),
+            f"{piece['processes']} x {piece['device']}",
+            f"{piece['first_step']} to {piece['last_step']}",
+            f"{piece['images']:,}",
+            f"{piece['images_per_second']:.0f}",
+            f"{piece['data_wait_share']:.0%}",
+            f"{piece['device_memory_gib']:.1f} GiB",
+        ]
+        for piece in _read(record / "run.json")["pieces"]
+    ]
+    heading = ["started (UTC)", "GPUs", "steps", "images", "images/s", "waited for scenes", "memory a GPU"]
+    return _table(heading, rows)
+
+
 def updated(text: str, tables: dict[str, Callable[[], list[str]]], where: Path) -> str:
     """`text` with every block filled anew."""
 
@@ -176,6 +220,11 @@ def documents(root: Path) -> dict[Path, str]:
         result[model.card] = updated(text, {"scores": lambda model=model: card_table(model)}, model.card)  # type: ignore[misc]
         if "<!-- table: scores -->" not in text:
             raise StaleError(f"{model.card}: no block `<!-- table: scores -->`")
+    record = root / "benchmarks" / "lmo"
+    tables |= {"training": lambda: training_table(record), "pieces": lambda: pieces_table(record)}
+    for page in (root / "benchmarks" / "training.md", root / "docs" / "own_objects.md"):
+        if page.is_file():
+            result[page] = updated(page.read_text(encoding="utf-8"), tables, page)
     return result
 
 
