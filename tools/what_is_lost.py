@@ -229,10 +229,7 @@ def medians(cases: Sequence[Case]) -> list[str]:
 
 
 def binned(cases: Sequence[Case], of: Callable[[Case], float], edges: Sequence[float]) -> list[list[str]]:
-    groups = [
-        (f"{a:g}-{min(b, b // 0.01 / 100):g}", [c for c in cases if a <= of(c) < b])
-        for a, b in pairwise(edges)
-    ]
+    groups = [(f"{a:g}-{b:.2g}", [c for c in cases if a <= of(c) < b]) for a, b in pairwise(edges)]
     return [[n, str(len(g)), *recalls(g, "nothing"), *medians(g)] for n, g in groups if g]
 
 
