@@ -203,7 +203,7 @@ def test_swapping_two_names_swaps_only_labels(model: SMOPE, picture: torch.Tenso
 
 
 @pytest.mark.xfail(
-    reason="these weights score a second one of a mesh at 0.05 to 0.2: their scenes held each once"
+    reason="these weights score the second one of a mesh at 0.05 to 0.2; only one gets past the threshold"
 )
 def test_several_of_one_mesh_are_all_found(model: SMOPE, picture: torch.Tensor, found: Poses) -> None:
     """The duck pasted twice more: moved by d pixels it looks nearly as if it stood d z / f beside."""
