@@ -180,13 +180,13 @@ def table(rows: list[dict[str, Any]], device: str, options: argparse.Namespace) 
             )
     lines += [
         "",
-        "Parts of the network for one image, ms, median (least); poses: 3D attention and refinement:",
+        "Parts of the network for one image, ms, median; poses: 3D attention and refinement:",
         "",
         "| deformable attention | " + " | ".join(PARTS) + " |",
         "| --- |" + " ---: |" * len(PARTS),
     ]
     for row in rows:
-        cells = [f"{1e3 * row['parts'][p][0]:.1f} ({1e3 * row['parts'][p][1]:.1f})" for p in PARTS]
+        cells = [f"{1e3 * row['parts'][p][0]:.1f}" for p in PARTS]
         lines.append(f"| {NAMES.get(row['way'], row['way'])} | " + " | ".join(cells) + " |")
     before = ", ".join(f"{row['import']:.1f} + {row['load']:.1f} s" for row in rows)
     lines += ["", f"Before the first call, import and loading of the weights: {before}."]
