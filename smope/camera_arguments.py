@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smope.camera import Camera
+from smope.camera import Camera, CameraError
 from smope.config import ModelConfig
 
 
@@ -19,7 +19,7 @@ def cameras_from(
     count = len(pictures)
     sizes = [(p.shape[-1], p.shape[-2]) for p in pictures]
     if K is not None and fov is not None:
-        raise ValueError("both K and fov given; pass one of them")
+        raise CameraError("both K and fov given; pass one of them")
     lenses = _one_each(dist, count, 1, "dist")
     if K is not None:
         matrices = _one_each(K, count, 2, "K")
@@ -30,7 +30,7 @@ def cameras_from(
     cameras = []
     for size, lens in zip(sizes, lenses, strict=True):
         if size != tuple(config.image_size):
-            raise ValueError(
+            raise CameraError(
                 f"no camera given for an image of {size[0]}x{size[1]}: pass K=[[fx, 0, cx], [0, fy, cy], "
                 f"[0, 0, 1]] in pixels, or fov= the horizontal field of view in degrees (only images of "
                 f"{config.image_size[0]}x{config.image_size[1]} may go without, by the camera of the weights)"
@@ -43,20 +43,24 @@ def _one_each(value: Any, count: int, dims: int, name: str) -> list[Any]:
     """`value` is one thing of `dims` dimensions for all images, or a sequence of `count` such things."""
     if value is None:
         return [None] * count
-    if (
-        isinstance(value, (list, tuple))
-        and len(value)
-        and any(isinstance(v, Tensor) or hasattr(v, "shape") for v in value)
-    ):
-        each = [torch.as_tensor(v) for v in value]
-    else:
-        try:
-            tensor = torch.as_tensor(value, dtype=torch.float64)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{name}: numbers expected, {value!r} given") from error
-        if tensor.dim() <= dims:
-            return [tensor] * count
-        each = list(tensor)
+    try:
+        whole = _tensor(value)
+    except (TypeError, ValueError, RuntimeError):  # of unlike lengths, or with None among them: one an image
+        whole = None
+    if whole is not None and whole.dim() <= dims:
+        return [whole] * count
+    if dims == 1 and whole is not None and whole.dim() == 2 and 1 in whole.shape:
+        return [whole.flatten()] * count  # OpenCV writes its coefficients as [1, n] or [n, 1]
+    try:
+        each = [None if one is None and name == "dist" else _tensor(one) for one in value]
+    except (TypeError, ValueError, RuntimeError):
+        raise CameraError(f"{name}: numbers expected, {value!r} given") from None
     if len(each) != count:
-        raise ValueError(f"{name}: {len(each)} given for {count} image(s); pass one for all or one an image")
+        raise CameraError(f"{name}: {len(each)} given for {count} image(s); pass one for all or one an image")
     return each
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, (list, tuple)):
+        return torch.stack([_tensor(one) for one in value]) if len(value) else torch.zeros(0)
+    return torch.as_tensor(value, dtype=torch.float64)

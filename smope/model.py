@@ -160,10 +160,14 @@ class SMOPE:
         pytorch3d Meshes, all in `units` ("m", "cm", "mm", "in"); or a list of names that the weights know.
         `symmetries` is None (a trained name keeps the ones it was trained with), "auto", or {name: BOP form}.
         """
-        if isinstance(meshes, str):
+        if not isinstance(meshes, (Mapping, list, tuple)):
             raise ValueError(
                 f"meshes={meshes!r} given; a dict of name: mesh, or a list of trained names, expected"
             )
+        if bad := [name for name in meshes if not isinstance(name, str) or not name]:
+            raise ValueError(f"name {bad[0]!r} given; a text that is not empty expected")
+        if isinstance(symmetries, Mapping) and (unknown := [n for n in symmetries if n not in meshes]):
+            raise ValueError(f"symmetries given for {unknown[0]!r}, which is not among the meshes")
         if isinstance(meshes, Mapping):
             found = {
                 name: self._from_mesh(name, source, units, symmetries, force)
@@ -268,8 +272,11 @@ class SMOPE:
         """
         if self._tokens is None:
             raise ValueError("no meshes are registered; call register_meshes first")
-        if not 0 <= threshold <= 1 or top_k < 1:
-            raise ValueError(f"threshold {threshold} and top_k {top_k} given; 0..1 and at least 1 expected")
+        numbers = isinstance(threshold, (int, float)) and isinstance(top_k, int)
+        if not numbers or not 0 <= threshold <= 1 or top_k < 1:
+            raise ValueError(
+                f"threshold {threshold} and top_k {top_k} given; 0..1 and a whole number expected"
+            )
         many = isinstance(image, (list, tuple))
         pictures = [load_image(one) for one in (image if many else [image])]
         cameras = cameras_from(pictures, K, fov, dist, self.config)

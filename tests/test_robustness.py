@@ -137,7 +137,8 @@ def test_a_wrong_K_is_one_error(shared: SMOPE, matrix: object, message: str) -> 
         ({"K": K, "fov": 50.0}, "both K and fov given"),
         ({"K": [K, K]}, r"K: 2 given for 1 image"),
         ({"K": "K"}, "K: numbers expected"),
-        ({"K": [[1.0], [2.0, 3.0]]}, "K: numbers expected"),
+        ({"K": K, "top_k": 1.5}, "a whole number expected"),
+        ({"K": [[1.0], [2.0, 3.0]]}, r"K: 2 given for 1 image"),
         ({"fov": [50.0, 60.0]}, r"fov: 2 given for 1 image"),
         ({"fov": "wide"}, "fov: numbers expected"),
         ({"fov": 1.05}, "5 to 150 degrees expected"),
@@ -157,12 +158,17 @@ def test_wrong_options_are_one_error(shared: SMOPE, options: dict[str, Any], mes
 
 def test_forms_of_one_camera_are_the_same(shared: SMOPE) -> None:
     expected = everything(shared, noise(0))
-    for matrix in (K, [list(row) for row in K], np.array(K), torch.tensor(K), torch.tensor(K)[None], [K]):
+    rows = [np.array(row) for row in K]
+    for matrix in (K, rows, np.array(K), torch.tensor(K), torch.tensor(K)[None], [K]):
         assert torch.equal(everything(shared, noise(0), K=matrix).T_CO, expected.T_CO)
     lens = [0.1, 0.01, 0.0, 0.0, 0.0]
     expected = everything(shared, noise(0), dist=lens)
-    for dist in (lens[:4], np.array(lens), torch.tensor(lens)[None], [np.array(lens)], lens + [0.0] * 3):
+    column, numbers = np.array(lens)[:, None], [np.float64(one) for one in lens]
+    for dist in (lens[:4], np.array(lens), column, numbers, [np.array(lens)], lens + [0.0] * 3):
         assert torch.equal(everything(shared, noise(0), dist=dist).T_CO, expected.T_CO)
+    both = shared.predict([noise(0), noise(0)], threshold=0.0, dist=[None, lens])
+    assert both[0].camera.dist is None
+    assert torch.allclose(both[1].T_CO, expected.T_CO, atol=1e-4)
 
 
 # Meshes
@@ -227,6 +233,8 @@ def test_open_flat_and_partly_degenerate_meshes_are_taken(shared: SMOPE) -> None
         ("ball", r"meshes='ball' given; a dict of name: mesh"),
         (["ball", "dog"], "'dog' given without a mesh, but the weights know only ball, brick"),
         (["box.ply"], "'box.ply' given without a mesh"),
+        (BOX, "a dict of name: mesh"),
+        ({1: BOX}, "name 1 given; a text that is not empty expected"),
     ],
 )
 def test_a_wrong_set_of_meshes_is_one_error(shared: SMOPE, meshes: Any, message: str) -> None:
@@ -237,6 +245,8 @@ def test_a_wrong_set_of_meshes_is_one_error(shared: SMOPE, meshes: Any, message:
 def test_a_wrong_symmetry_is_one_error(shared: SMOPE) -> None:
     with pytest.raises(SymmetryError, match='"auto" or the BOP form expected'):
         shared.register_meshes({"thing": BOX}, "m", symmetries="yes")
+    with pytest.raises(ValueError, match="symmetries given for 'other', which is not among the meshes"):
+        shared.register_meshes({"thing": BOX}, "m", symmetries={"other": {}})
     for entry in ({"symmetries_discrete": [[1.0, 0.0]]}, {"symmetries_continuous": [{"axis": [0, 0, 0]}]}):
         with pytest.raises(SymmetryError, match="symmetries_"):
             shared.register_meshes({"thing": BOX}, "m", symmetries={"thing": entry})

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from smope.networks.smope_s import Found
 from smope.objects import ObjectModel, Symmetries
 from smope.scenes import SceneConfig
 from smope.train import fit
+from smope.train.checkpoint import load_latest
 from smope.train.curves import read_rows
 from smope.train.fit import objects_of
 from smope.train.held_out import HeldOut
@@ -75,12 +80,16 @@ def coloured(mesh: trimesh.Trimesh, seed: int) -> trimesh.Trimesh:
     return mesh
 
 
-@pytest.fixture(scope="module")
-def meshes() -> dict[str, trimesh.Trimesh]:
+def make_meshes() -> dict[str, trimesh.Trimesh]:
     return {
         "brick": coloured(trimesh.creation.box((0.12, 0.07, 0.05)).subdivide(), 0),
         "can": coloured(trimesh.creation.cylinder(0.04, 0.11, sections=24).subdivide(), 1),
     }
+
+
+@pytest.fixture(scope="module")
+def meshes() -> dict[str, trimesh.Trimesh]:
+    return make_meshes()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +98,45 @@ def fitted(meshes: dict[str, trimesh.Trimesh], tmp_path_factory: pytest.TempPath
     folder = fit(meshes, "m", SCENES, out=out, recipe=Recipe(network=NETWORK, run=RUN), device="cpu")
     assert folder == out / "model"
     return out
+
+
+ENDLESS = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_train_fit import NETWORK, RUN, SCENES, make_meshes
+from dataclasses import replace
+from smope.train import fit
+from smope.train.recipe import Recipe
+run = replace(RUN, max_steps=100000, save_seconds=0.5, tensorboard=False)
+fit(make_meshes(), "m", SCENES, out={out!r}, recipe=Recipe(network=NETWORK, run=run), device="cpu")
+"""
+
+
+def test_a_killed_fit_goes_on(meshes: dict[str, trimesh.Trimesh], tmp_path: Path) -> None:
+    """SIGKILL in the middle of rendering and learning; what is on the disk is whole, and `resume` goes on."""
+    out = tmp_path / "killed"
+    code = ENDLESS.format(tests=str(Path(__file__).parent), out=str(out))
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 90
+        while not (out / "checkpoint.previous.pt").exists():
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline, "no second checkpoint within 90 s"
+            time.sleep(0.05)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    before = load_latest(out / "checkpoint.pt")
+    assert before is not None
+    reached = before["state"]["step"]
+    assert 0 < reached < 100000
+
+    run = replace(RUN, max_steps=reached + 2, tensorboard=False)
+    folder = fit(
+        meshes, "m", SCENES, out=out, recipe=Recipe(network=NETWORK, run=run), resume=True, device="cpu"
+    )
+    after = load_latest(out / "checkpoint.pt")
+    assert after is not None
+    assert after["state"]["step"] == reached + 2
+    assert list(SMOPE.from_pretrained(folder).objects) == ["brick", "can"]
 
 
 def test_fit_leaves_a_model_that_predicts_and_all_its_records(fitted: Path) -> None:
