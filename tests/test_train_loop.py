@@ -25,11 +25,25 @@ from smope.train.distributed import Ranks
 from smope.train.loop import LoopState
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Runs are compared bit by bit, across processes too, and sums depend on how many threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def start_toy(out: Path, delay: float, save_seconds: float, **environment: str) -> subprocess.Popen[bytes]:
     paths = [str(Path(smope.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, train_toy.__file__, str(out), str(delay), str(save_seconds)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
         stderr=subprocess.PIPE,
     )
 

@@ -105,7 +105,7 @@ def statistics(full: Array) -> NDArray[np.float64]:
     return np.array([x.mean(), x.std(), x.min(), x.max(), np.abs(x).mean()])
 
 
-def check_fixture(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[Line]:
+def check_fixture(folder: Path, dtype: torch.dtype = torch.float64) -> Iterator[Line]:
     """Every array of a fixture, file by file."""
     spec = _read_spec(folder)
     pictures, (points, normals) = inputs.images(spec), inputs.mesh_samples(spec)
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a parity fixture")
     parser.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float32", help="of the forward passes"
+        "--dtype", choices=("float32", "float64"), default="float64", help="of the forward passes"
     )
     options = parser.parse_args(arguments)
     count, faults, worst = 0, 0, Line("nothing", 0.0)
