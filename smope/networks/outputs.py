@@ -52,8 +52,11 @@ class PoseEstimate:
     offset_weights: Tensor | None = None  # [B, P, A] 0..1
     anchors_uv: Tensor | None = None  # [B, P, A, 2] where the anchors stood, pixels
 
-    def rows(self, rows: slice) -> PoseEstimate:
-        return PoseEstimate(self.rotation[rows], self.translation[rows], self.centre[rows])
+    def rows(self, rows: slice, first: int) -> PoseEstimate:
+        """Of those images the first pairs"""
+        return PoseEstimate(
+            self.rotation[rows, :first], self.translation[rows, :first], self.centre[rows, :first]
+        )
 
     def detach(self) -> PoseEstimate:
         return replace(
@@ -66,16 +69,27 @@ class PoseEstimate:
 
 @dataclass(frozen=True, eq=False)
 class PairOutputs:
-    """Poses and what goes with them: the direct estimate first, then one a refinement layer."""
+    """Poses and what goes with them: the direct estimate first, then by the region, then one a refinement
+    layer."""
 
     poses: tuple[PoseEstimate, ...]
     visibility_logit: Tensor  # [B, P]
     log_sigma: Tensor  # [B, P, 2] log expected error: rotation in radians, translation over the diameter
 
-    def rows(self, rows: slice) -> PairOutputs:
-        """Those images of a batch of direct estimates"""
-        poses = tuple(pose.rows(rows) for pose in self.poses)
-        return PairOutputs(poses, self.visibility_logit[rows], self.log_sigma[rows])
+    def rows(self, rows: slice, first: int) -> PairOutputs:
+        """Of those images of a batch of direct estimates the first pairs"""
+        poses = tuple(pose.rows(rows, first) for pose in self.poses)
+        return PairOutputs(poses, self.visibility_logit[rows, :first], self.log_sigma[rows, :first])
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """What was seen in the squares around the boxes of pairs, n x n cells each."""
+
+    pixels: Tensor  # [B, P, n, n, 2] middles of the cells
+    surface: (
+        Tensor  # [B, P, n, n, 4] place on the centred mesh over the diameter, and the logit of being on it
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +102,8 @@ class TrainingOutputs:
     features: Features
     match: Tensor  # [L + 1, B, N] query of each slot, a decoder layer each, then the proposals; -1 for none
     direct: PairOutputs  # [L * B, P]: all decoder layers; pairs are the matched ones, then the denoising ones
-    refined: PairOutputs  # [B, P]: the last layer's, with one more pose a refinement layer
+    refined: PairOutputs  # [B, R]: the first R pairs of the last layer, with the poses that come after
+    regions: Regions  # [B, R]
     pair_slots: Tensor  # [B, P] object slot of each pair
     pair_valid: Tensor  # [B, P] bool
     coordinates: Tensor | None = None  # [B, 4, h, w] object coordinates and visibility logit at stride 8

@@ -19,21 +19,29 @@ from smope.networks.outputs import Features, PoseEstimate
 from smope.networks.pose_head import ImageSize, focal_length, pixels_to_unit
 
 
-class AnchorFeatures(nn.Module):
-    """Feature maps that anchors read: strides 8 and 16 of the encoded pyramid, stride 4 of the backbone."""
+class PoseMaps(nn.Module):
+    """Feature maps that poses are read from: strides 8 and 16 of the encoded pyramid, and stride 4 of the
+    backbone with what stride 8 knows of the place added."""
 
     def __init__(self, width: int, fine_channels: int, outputs: int = 128) -> None:
         super().__init__()
         self.middle = nn.Conv2d(width, outputs, 1)
         self.coarse = nn.Conv2d(width, outputs // 2, 1)
         self.fine = nn.Conv2d(fine_channels, outputs // 2, 3, padding=1)
+        self.context = nn.Conv2d(width, outputs // 2, 1)
+        self.merge = nn.Conv2d(outputs // 2, outputs // 2, 3, padding=1, bias=False)
+        nn.init.zeros_(self.merge.weight)  # a trained network begins with the maps it had
         self.channels = 2 * outputs
 
     def forward(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+        plain = self.fine(features.fine)
+        around = F.interpolate(
+            self.context(features.level(0)), plain.shape[-2:], mode="bilinear", align_corners=False
+        )
         return (
             self.middle(features.level(0)),
             self.coarse(features.level(1)),
-            self.fine(features.fine),
+            plain + self.merge(F.relu(plain + around)),
         )
 
 

@@ -15,10 +15,19 @@ from smope.networks.deformable import MLP, DecoderLayer, EncoderLayer, inverse_s
 from smope.networks.denoising import attention_mask, noised_boxes
 from smope.networks.mesh_decoder import MeshDecoder
 from smope.networks.mesh_encoder import MeshEncoder, MeshInputs, MeshTokens
-from smope.networks.outputs import Detections, Features, PairOutputs, TrainingOutputs, take, take_layers
+from smope.networks.outputs import (
+    Detections,
+    Features,
+    PairOutputs,
+    Regions,
+    TrainingOutputs,
+    take,
+    take_layers,
+)
 from smope.networks.pose_head import ImageSize, PoseHead
 from smope.networks.position import Shapes, cell_centres, pyramid_positions, sine_embedding
-from smope.networks.refine import AnchorFeatures, PoseRefiner
+from smope.networks.refine import PoseMaps, PoseRefiner
+from smope.networks.regions import RegionReader
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class SmopeSConfig:
     queries: int = 100
     mesh_tokens: int = 32
     surface_points: int = 1024
+    region_cells: int = 16  # a side of the grid that is read around each box
     anchors: int = 64
     refine_layers: int = 2
     rebuilt_points: int = 512
@@ -96,9 +106,10 @@ class SmopeS(nn.Module):
         self.similarity = MeshSimilarity(c.width)
         self.mesh_attention = MeshAttention(c.width, c.heads)
         self.pose_head = PoseHead(c.width)
-        self.anchor_features = AnchorFeatures(c.width, channels[0])
+        self.pose_maps = PoseMaps(c.width, channels[0])
+        self.region_reader = RegionReader(c.width, self.pose_maps.channels, c.region_cells)
         self.refiners = nn.ModuleList(
-            PoseRefiner(c.width, self.anchor_features.channels) for _ in range(c.refine_layers)
+            PoseRefiner(c.width, self.pose_maps.channels) for _ in range(c.refine_layers)
         )
         self.coordinates = nn.Conv2d(
             c.width, 4, 1
@@ -112,14 +123,15 @@ class SmopeS(nn.Module):
         features = self.encode_image(images)
         detections = self.detect(features, meshes)
         queries, boxes = detections.queries[-1], detections.boxes[-1]
-        scores, labels = detections.logits[-1].sigmoid().max(-1)  # [B, Q] each: one mesh a query
-        scores, best = scores.topk(min(top_k, scores.shape[1]), dim=1)
-        labels, boxes = take(labels, best), take(boxes, best)
+        # Pairs are ranked, not queries by their best mesh: one more mesh must not take another's query.
+        scores = detections.logits[-1].sigmoid().flatten(1)  # [B, Q M]
+        scores, best = scores.topk(min(top_k, queries.shape[1]), dim=1)
+        labels, query = best % len(meshes), best // len(meshes)
+        boxes = take(boxes, query)
         size = (images.shape[-1], images.shape[-2])
-        pairs, direct = self.direct_poses(take(queries, best), boxes, labels, meshes, K, size)
-        return Found(
-            scores, labels, boxes, self.refine_poses(pairs, direct, labels, meshes, K, size, features)
-        )
+        pairs, direct = self.direct_poses(take(queries, query), boxes, labels, meshes, K, size)
+        found, _ = self.refine_poses(pairs, direct, boxes, labels, meshes, K, size, features)
+        return Found(scores, labels, boxes, found)
 
     def forward_training(
         self, images: Tensor, K: Tensor, inputs: MeshInputs, targets: Targets, matcher: Matcher
@@ -144,8 +156,18 @@ class SmopeS(nn.Module):
         pairs, direct = self.direct_poses(
             queries, boxes, known.repeat(layers, 1), meshes, K.repeat(layers, 1, 1), size
         )
-        last = slice((layers - 1) * batch, None)
-        refined = self.refine_poses(pairs[last], direct.rows(last), known, meshes, K, size, features)
+        # Of the last layer, and of the denoising groups the first alone: reading regions is most of the cost.
+        last, kept = slice((layers - 1) * batch, None), slots * (1 + min(groups, 1))
+        refined, regions = self.refine_poses(
+            pairs[last, :kept],
+            direct.rows(last, kept),
+            boxes[last, :kept],
+            known[:, :kept],
+            meshes,
+            K,
+            size,
+            features,
+        )
         return TrainingOutputs(
             detections=detections,
             meshes=meshes,
@@ -154,6 +176,7 @@ class SmopeS(nn.Module):
             match=match,
             direct=direct,
             refined=refined,
+            regions=regions,
             pair_slots=pair_slots,
             pair_valid=labels >= 0,
             coordinates=self.coordinates(features.level(0)),
@@ -221,22 +244,25 @@ class SmopeS(nn.Module):
         self,
         pairs: Tensor,
         direct: PairOutputs,
+        boxes: Tensor,
         labels: Tensor,
         meshes: MeshTokens,
         K: Tensor,
         size: ImageSize,
         features: Features,
-    ) -> PairOutputs:
-        """Add a pose for each refinement layer; the uncertainty is said anew by what was seen last."""
-        if not self.refiners:
-            return direct
-        maps = self.anchor_features(features)
+    ) -> tuple[PairOutputs, Regions]:
+        """Add the pose by what the box's square shows, and one a refinement layer; visibility and uncertainty
+        are said anew by what was seen last."""
+        maps = self.pose_maps(features)
         anchors, diameters = meshes.anchors[labels], meshes.diameters[labels]
-        poses = [direct.poses[0]]
+        pairs, regions = self.region_reader(pairs, boxes, maps, size)
+        looked = self.pose_head(pairs, boxes, diameters, K, size)
+        poses = [direct.poses[0], looked.poses[0]]
         for refiner in self.refiners:
             pose, pairs = refiner(poses[-1].detach(), pairs, maps, anchors, diameters, K, size)
             poses.append(pose)
-        return PairOutputs(tuple(poses), direct.visibility_logit, self.pose_head.log_sigma(pairs))
+        log_sigma = self.pose_head.log_sigma(pairs) if self.refiners else looked.log_sigma
+        return PairOutputs(tuple(poses), looked.visibility_logit, log_sigma), regions
 
     def _cell_boxes(self, shapes: Shapes, index: Tensor) -> Tensor:
         """[B, Q, 4] the box each cell starts from: its centre, and a size that doubles with the level"""

@@ -15,7 +15,7 @@ from smope.geometry.projection import project
 from smope.geometry.rotations import geodesic_angle
 from smope.network_inputs import surface_table
 from smope.networks.mesh_encoder import MeshInputs
-from smope.networks.outputs import PairOutputs, PoseEstimate, TrainingOutputs, take, take_layers
+from smope.networks.outputs import PairOutputs, PoseEstimate, Regions, TrainingOutputs, take, take_layers
 from smope.networks.pose_head import focal_length, pixels_to_unit
 from smope.networks.smope_s import SmopeS, Targets
 from smope.objects import ObjectModel
@@ -46,6 +46,7 @@ class LossConfig:
     visibility: float = 1.0
     sigma: float = 0.1
     mesh: float = 0.5
+    regions: float = 1.0  # what the cells of each square see
     coordinates: float = 1.0
     colour_dropout: float = 0.2  # share of meshes shown to the network without their colours
     faint: float = 0.3  # poses of objects less visible than this count in proportion
@@ -163,29 +164,76 @@ class Objective:
         return label.sum(), (l1 * present).sum(), (giou * present).sum()
 
     def pose_losses(self, outputs: TrainingOutputs, batch: Batch) -> dict[str, Tensor]:
-        """L_P of the direct estimates, summed over the decoder layers, and of each refinement."""
+        """L_P of the direct estimates, summed over the decoder layers, and of each estimate after them."""
         slots, layers = outputs.pair_slots, len(outputs.match) - 1
         labels = take(batch.labels, slots).clamp(min=0)
         visible = take(batch.visibility, slots)
         weight = outputs.pair_valid * (visible / self.config.faint).clamp(max=1.0)
         truth = PairTruth.of(self.table, batch.labels, batch.T_CO, slots, batch.K)
         every = (labels.repeat(layers, 1), weight.repeat(layers, 1))  # once a decoder layer
-
         direct = self.pose_errors(outputs.direct.poses[0], truth.repeat(layers), *every)
+        gap = (outputs.direct.visibility_logit.float().sigmoid() - visible.repeat(layers, 1)).abs()
         parts = {f"{name}/direct": layers * value for name, value in direct.items()}
-        refined = [self.pose_errors(pose, truth, labels, weight) for pose in outputs.refined.poses[1:]]
-        sent = [
-            masked_mean(self.offset_error(pose, truth, outputs, labels), weight)
-            for pose in outputs.refined.poses[1:]
-        ]
-        if refined:
+        parts["visibility/direct"] = layers * masked_mean(gap, every[1])
+
+        looked, *moved = outputs.refined.poses[1:]
+        count = looked.rotation.shape[1]
+        slots, labels, visible = slots[:, :count], labels[:, :count], visible[:, :count]
+        weight, truth = weight[:, :count], PairTruth.of(self.table, batch.labels, batch.T_CO, slots, batch.K)
+        region = self.pose_errors(looked, truth, labels, weight)
+        parts |= {f"{name}/region": value for name, value in region.items()}
+        gap = (outputs.refined.visibility_logit.float().sigmoid() - visible).abs()
+        parts["visibility/region"] = masked_mean(gap, weight)
+        if moved:
+            refined = [self.pose_errors(pose, truth, labels, weight) for pose in moved]
+            sent = [masked_mean(self.offset_error(pose, truth, outputs, labels), weight) for pose in moved]
             parts |= {f"{name}/refined": torch.stack([e[name] for e in refined]).sum() for name in refined[0]}
             parts["offsets"] = torch.stack(sent).sum()
-        gap = (outputs.direct.visibility_logit.float().sigmoid() - visible.repeat(layers, 1)).abs()
-        parts["visibility"] = layers * masked_mean(gap, every[1])
-        diameters = self.table.diameters[labels]
-        parts["sigma"] = masked_mean(self.sigma_loss(outputs.refined, truth, diameters), weight)
+        parts["sigma"] = masked_mean(
+            self.sigma_loss(outputs.refined, truth, self.table.diameters[labels]), weight
+        )
+        if batch.instance is not None and batch.depth is not None:
+            parts |= self.region_losses(outputs.regions, looked, truth, batch, slots, weight)
         return parts
+
+    def region_losses(
+        self,
+        regions: Regions,
+        pose: PoseEstimate,
+        truth: PairTruth,
+        batch: Batch,
+        slots: Tensor,
+        weight: Tensor,
+    ) -> dict[str, Tensor]:
+        """Of each cell of a pair's square: does it see the pair's object, and where on it; of poses that look
+        alike, the one nearest to the prediction says where."""
+        assert batch.instance is not None
+        assert batch.depth is not None
+        height, width = batch.depth.shape[-2:]
+        u, v = regions.pixels.round().long().flatten(1, 3).unbind(-1)  # [B, P n n]
+        inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
+        index = v.clamp(0, height - 1) * width + u.clamp(0, width - 1)
+        shape = regions.pixels.shape[1:4]
+        depth = batch.depth.flatten(1).gather(1, index).unflatten(1, shape)
+        instance = batch.instance.flatten(1).gather(1, index).unflatten(1, shape)
+        seen = (instance == slots[..., None, None] + 1) & inside.unflatten(1, shape)
+
+        pixels = torch.stack([u, v, torch.ones_like(u)], -1).float()
+        rays = pixels @ torch.linalg.inv_ex(batch.K)[0].transpose(-1, -2)  # [B, P n n, 3]
+        points = rays.unflatten(1, shape) * depth[..., None]  # metres
+        target = truth.nearest(pose.rotation)
+        diameters = self.table.diameters[take(batch.labels, slots).clamp(min=0)]
+        points = (points - target.translation[..., None, None, :]).flatten(2, 3) @ target.rotation
+        wanted = (points / diameters[..., None, None]).unflatten(2, shape[1:])
+        where = (regions.surface[..., :3] - wanted).abs().sum(-1)
+        on_object = F.binary_cross_entropy_with_logits(
+            regions.surface[..., 3], seen.float(), reduction="none"
+        )
+        cells = weight[..., None, None]
+        return {
+            "regions/where": 4 * masked_mean(where, seen * cells),
+            "regions/seen": masked_mean(on_object, cells.expand_as(on_object)),
+        }
 
     def pose_errors(
         self, pose: PoseEstimate, truth: PairTruth, labels: Tensor, weight: Tensor
