@@ -64,7 +64,7 @@ class FakeModel:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     fake = FakeModel()
-    monkeypatch.setattr(cli, "_load_model", lambda name, device: fake)
+    monkeypatch.setattr(cli.common, "load_model", lambda name, device: fake)
     return fake
 
 
@@ -143,7 +143,7 @@ def test_demo_predicts_the_bundled_picture(
 ) -> None:
     camera = Camera.from_fov(50, (160, 120))
     found(camera).save(tmp_path / "demo.json")
-    monkeypatch.setattr(cli, "_bundled", lambda name: tmp_path / name if name == "demo.json" else photo)
+    monkeypatch.setattr(cli.common, "bundled", lambda name: tmp_path / name if name == "demo.json" else photo)
     out = tmp_path / "overlay.png"
     assert cli.main(["demo", "--out", str(out)]) == 0
     assert torch.equal(model.asked[0]["K"], camera.K)
