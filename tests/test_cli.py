@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +316,39 @@ def test_info_names_versions_and_caches(
     assert any(name.startswith("kernel") for name in facts)
     assert any("cache" in name for name in facts)
     assert f"numpy {np.__version__}" in installation.describe_installation()["packages"]
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_build_compiles_the_kernel_that_a_new_process_then_takes(tmp_path: Path) -> None:
+    environment = {**os.environ, "SMOPE_CACHE": str(tmp_path), "SMOPE_MSDA": "auto"}
+    done = subprocess.run(
+        [sys.executable, "-m", "smope", "build"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    (library,) = tmp_path.rglob("*.so")
+    assert done.stdout == f"the CPU kernel is in {library}\n"
+    ready = "from smope.ops.build import cpu_kernel_ready; print(cpu_kernel_ready())"
+    environment["CXX"] = "no-such-compiler"
+    asked = subprocess.run(
+        [sys.executable, "-c", ready], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert asked.stdout == "True\n"
+
+
+def test_build_without_a_compiler_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("SMOPE_CACHE", str(tmp_path))
+    assert cli.main(["build"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("smope: the CPU kernel could not be compiled ")
+    assert "Remedy: a C++ compiler" in err
+    assert err.count("\n") == 1
 
 
 def test_help_imports_neither_torch_nor_trimesh() -> None:

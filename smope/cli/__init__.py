@@ -19,13 +19,13 @@ from smope.cli.common import UsageError, clutter_files, load_objects, mesh_files
 from smope.cli.convert import Convert
 from smope.cli.evaluate import Evaluate
 from smope.cli.fit import Fit
-from smope.cli.installation import Info
+from smope.cli.installation import Build, Info
 from smope.cli.predict import Demo, Predict
 from smope.cli.scenes import Scenes
 
 __all__ = [
-    "Convert", "Demo", "Evaluate", "Fit", "Info", "Predict", "Scenes", "UsageError", "clutter_files",
-    "load_objects", "main", "mesh_files", "pose_table", "user_message",
+    "Build", "Convert", "Demo", "Evaluate", "Fit", "Info", "Predict", "Scenes", "UsageError",
+    "clutter_files", "load_objects", "main", "mesh_files", "pose_table", "user_message",
 ]  # fmt: skip
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -37,6 +37,7 @@ Command = (
     | Annotated[Fit, subcommand("fit")]
     | Annotated[Scenes, subcommand("scenes")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Build, subcommand("build")]
     | Annotated[Info, subcommand("info")]
 )
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = user_message(error)
         if message is None:
             raise
-        print(f"smope: {message}", file=sys.stderr)
+        print(f"smope: {message.removeprefix('smope: ')}", file=sys.stderr)
         return _USER_ERROR
     return 0
 

@@ -1,4 +1,4 @@
-"""`smope info`: what is installed here."""
+"""`smope info`, `smope build`: what is installed here, and the kernel for this machine's processor."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ class Info:
         width = max(map(len, facts))
         for name, value in facts.items():
             print(f"{name:<{width}}  {value}")
+
+
+@dataclass(frozen=True)
+class Build:
+    """Compile the kernel for this machine's processor, once; every prediction on the CPU takes it then."""
+
+    def run(self) -> None:
+        from smope.ops.build import build_cpu
+
+        print(f"the CPU kernel is in {build_cpu()}")
