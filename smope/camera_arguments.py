@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,19 +23,31 @@ def cameras_from(
     lenses = _one_each(dist, count, 1, "dist")
     if K is not None:
         matrices = _one_each(K, count, 2, "K")
-        return [Camera(k, s, d) for k, s, d in zip(matrices, sizes, lenses, strict=True)]
+        return _made(Camera, zip(matrices, sizes, lenses, strict=True), count)
     if fov is not None:
         angles = _one_each(fov, count, 0, "fov")
-        return [Camera.from_fov(float(a), s, d) for a, s, d in zip(angles, sizes, lenses, strict=True)]
-    cameras = []
-    for size, lens in zip(sizes, lenses, strict=True):
+        return _made(Camera.from_fov, zip(map(float, angles), sizes, lenses, strict=True), count)
+
+    def by_the_weights(size: tuple[int, int], lens: Any) -> Camera:
         if size != tuple(config.image_size):
             raise CameraError(
                 f"no camera given for an image of {size[0]}x{size[1]}: pass K=[[fx, 0, cx], [0, fy, cy], "
                 f"[0, 0, 1]] in pixels, or fov= the horizontal field of view in degrees (only images of "
                 f"{config.image_size[0]}x{config.image_size[1]} may go without, by the camera of the weights)"
             )
-        cameras.append(Camera(torch.tensor(config.K), size, lens))
+        return Camera(torch.tensor(config.K), size, lens)
+
+    return _made(by_the_weights, zip(sizes, lenses, strict=True), count)
+
+
+def _made(make: Callable[..., Camera], arguments: Iterable[tuple[Any, ...]], count: int) -> list[Camera]:
+    """A camera of each; an error says of which image."""
+    cameras = []
+    for number, given in enumerate(arguments, start=1):
+        try:
+            cameras.append(make(*given))
+        except CameraError as error:
+            raise error if count == 1 else CameraError(f"image {number} of {count}: {error}") from error
     return cameras
 
 

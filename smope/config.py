@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file, with one clear error for a file that is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a JSON file ({error}); it may be damaged or cut short") from None
 
 
@@ -153,7 +153,7 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
         return data
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or cls.__name__}: an object with keys expected, {_shown(data)} given")
-    known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]  # not any type: a dataclass
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 
@@ -30,7 +31,9 @@ def load_image(source: Any) -> Tensor:
         try:
             with Image.open(path) as opened:
                 return _from_pil(opened)
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # damaged files make the decoders raise whatever they stumble over
             raise ImageError(f"{str(path)!r} cannot be read as an image: {error}") from error
     if isinstance(source, Image.Image):
         return _from_pil(source)
@@ -42,6 +45,17 @@ def load_image(source: Any) -> Tensor:
         f"{type(source).__name__} given; a path, a PIL image, an array [H, W, 3] of uint8 "
         "or a tensor [3, H, W] expected"
     )
+
+
+def load_images(sources: Sequence[Any]) -> list[Tensor]:
+    """`load_image` of each; an error says which of them it is."""
+    loaded = []
+    for number, source in enumerate(sources, start=1):
+        try:
+            loaded.append(load_image(source))
+        except ImageError as error:
+            raise ImageError(f"image {number} of {len(sources)}: {error}") from error
+    return loaded
 
 
 def _from_pil(image: Image.Image) -> Tensor:

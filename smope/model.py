@@ -37,7 +37,7 @@ from smope.camera_arguments import cameras_from
 from smope.config import ModelConfig
 from smope.files import write_atomically
 from smope.geometry.boxes import paired_iou
-from smope.images import load_image
+from smope.images import load_image, load_images
 from smope.networks.pose_head import unit_to_pixels
 from smope.networks.smope_paper import SmopePaper
 from smope.networks.smope_s import Found
@@ -105,7 +105,7 @@ class SMOPE:
         except RuntimeError as error:
             raise hub.WeightsError(f"{folder}: the weights do not fit config.json: {error}") from None
         card = folder / hub.CARD_FILE
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         model = cls(network.to(device), config, objects, tokens, text)
         if meshes is not None:
             model.register_meshes(meshes, units)
@@ -278,7 +278,7 @@ class SMOPE:
                 f"threshold {threshold} and top_k {top_k} given; 0..1 and a whole number expected"
             )
         many = isinstance(image, (list, tuple))
-        pictures = [load_image(one) for one in (image if many else [image])]
+        pictures = load_images(image) if many else [load_image(image)]
         cameras = cameras_from(pictures, K, fov, dist, self.config)
         results: list[Poses | None] = [None] * len(pictures)
         prepared = [self._prepare(p, c) for p, c in zip(pictures, cameras, strict=True)]

@@ -139,8 +139,8 @@ class Poses:
             opacity=opacity,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON that `load` reads back to the same float32 values. The objects are not in it."""
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in the JSON form; `from_dict` gives the same float32 values back."""
         columns = {name: getattr(self, name).detach().cpu() for name in _SHAPES}
         for name, column in columns.items():
             if not torch.isfinite(column).all():
@@ -148,7 +148,7 @@ class Poses:
                     f"Poses.{name} holds a value that is not finite, which JSON cannot: {column.tolist()}"
                 )
         dist = self.camera.dist
-        document = {
+        return {
             "format": _FORMAT,
             "units": "pixels, metres, OpenCV camera frame, model to camera; sigma: degrees, metres",
             "camera": {
@@ -161,18 +161,12 @@ class Poses:
                 for i, name in enumerate(self.names)
             ],
         }
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], objects: Mapping[str, ObjectModel] | None = None) -> Poses:
-        """Read what `save` wrote; `objects` by name, where the result is to be drawn with their surfaces."""
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PosesError(f"{path}: not JSON ({error}); Poses.load reads what Poses.save wrote") from error
+    def from_dict(cls, document: Any, objects: Mapping[str, ObjectModel] | None = None) -> Poses:
+        """Of `to_dict`'s form; further keys are left alone."""
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
-            raise PosesError(f'{path}: no key "format": "{_FORMAT}"; Poses.load reads what Poses.save wrote')
+            raise PosesError(f'no key "format": "{_FORMAT}"; what Poses.save wrote is expected')
         try:
             camera, entries = document["camera"], document["poses"]
             columns = {
@@ -185,10 +179,28 @@ class Poses:
             names = tuple(str(entry["name"]) for entry in entries)
             sensor = Camera(K=camera["K"], size=tuple(camera["size"]), dist=camera["dist"])
         except KeyError as error:
-            raise PosesError(f"{path}: the key {error} is missing") from error
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise PosesError(f"{path}: malformed ({error})") from error
+            raise PosesError(f"the key {error} is missing") from error
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise PosesError(f"malformed ({error})") from error
         return cls(names=names, camera=sensor, objects=objects or {}, **columns)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON that `load` reads back to the same float32 values. The objects are not in it."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        with atomic_path(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], objects: Mapping[str, ObjectModel] | None = None) -> Poses:
+        """Read what `save` wrote; `objects` by name, where the result is to be drawn with their surfaces."""
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise PosesError(f"{path}: not JSON ({error}); Poses.load reads what Poses.save wrote") from error
+        try:
+            return cls.from_dict(document, objects)
+        except PosesError as error:
+            raise PosesError(f"{path}: {error}") from error
 
     def __repr__(self) -> str:
         count = f"{len(self)} object{'' if len(self) == 1 else 's'}"

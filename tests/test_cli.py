@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +66,7 @@ class FakeModel:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     fake = FakeModel()
-    monkeypatch.setattr(cli, "_load_model", lambda name, device: fake)
+    monkeypatch.setattr(cli.common, "load_model", lambda name, device: fake)
     return fake
 
 
@@ -143,7 +145,7 @@ def test_demo_predicts_the_bundled_picture(
 ) -> None:
     camera = Camera.from_fov(50, (160, 120))
     found(camera).save(tmp_path / "demo.json")
-    monkeypatch.setattr(cli, "_bundled", lambda name: tmp_path / name if name == "demo.json" else photo)
+    monkeypatch.setattr(cli.common, "bundled", lambda name: tmp_path / name if name == "demo.json" else photo)
     out = tmp_path / "overlay.png"
     assert cli.main(["demo", "--out", str(out)]) == 0
     assert torch.equal(model.asked[0]["K"], camera.K)
@@ -314,6 +316,39 @@ def test_info_names_versions_and_caches(
     assert any(name.startswith("kernel") for name in facts)
     assert any("cache" in name for name in facts)
     assert f"numpy {np.__version__}" in installation.describe_installation()["packages"]
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_build_compiles_the_kernel_that_a_new_process_then_takes(tmp_path: Path) -> None:
+    environment = {**os.environ, "SMOPE_CACHE": str(tmp_path), "SMOPE_MSDA": "auto"}
+    done = subprocess.run(
+        [sys.executable, "-m", "smope", "build"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    (library,) = tmp_path.rglob("*.so")
+    assert done.stdout == f"the CPU kernel is in {library}\n"
+    ready = "from smope.ops.build import cpu_kernel_ready; print(cpu_kernel_ready())"
+    environment["CXX"] = "no-such-compiler"
+    asked = subprocess.run(
+        [sys.executable, "-c", ready], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert asked.stdout == "True\n"
+
+
+def test_build_without_a_compiler_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("SMOPE_CACHE", str(tmp_path))
+    assert cli.main(["build"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("smope: the CPU kernel could not be compiled ")
+    assert "Remedy: a C++ compiler" in err
+    assert err.count("\n") == 1
 
 
 def test_help_imports_neither_torch_nor_trimesh() -> None:

@@ -151,7 +151,7 @@ def test_a_changed_file_is_refused(
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04\xff", b"[]"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04\xff", b"[]", b"[" * 100_000], ids=len)
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from smope.images import ImageError, load_image
+from smope.images import ImageError, load_image, load_images
 
 RGB = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 
@@ -106,3 +106,9 @@ def test_any_bytes_give_an_image_or_the_named_error(content, tmp_path_factory):
     path.write_bytes(content)
     with pytest.raises(ImageError):
         load_image(path)
+
+
+def test_in_a_list_the_bad_picture_is_named():
+    assert [tuple(picture.shape) for picture in load_images([RGB, RGB[:2]])] == [(3, 4, 5), (3, 2, 5)]
+    with pytest.raises(ImageError, match=r"^image 2 of 3: no image file 'missing\.png'$"):
+        load_images([RGB, "missing.png", RGB])

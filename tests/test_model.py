@@ -14,6 +14,8 @@ import trimesh
 from small_model import SIZE, K, noise, small_model
 
 from smope import SMOPE, Camera, Poses, hub
+from smope.camera import CameraError
+from smope.images import ImageError
 
 COLUMNS = ("labels", "scores", "boxes_xyxy", "T_CO", "scale", "visibility", "sigma")
 
@@ -225,6 +227,17 @@ def test_the_camera_of_the_weights_serves_images_of_its_size(shared: SMOPE) -> N
     assert_same(everything(shared, noise(1)), everything(shared, noise(1), K=K))
     with pytest.raises(ValueError, match=r"no camera given for an image of 50x40: pass K=.* or fov="):
         shared.predict(noise(1, 50, 40))
+
+
+def test_in_a_list_the_bad_picture_is_named(shared: SMOPE) -> None:
+    with pytest.raises(ImageError, match=r"^image 2 of 2: no image file"):
+        shared.predict([noise(0), "missing.png"])
+    with pytest.raises(CameraError, match=r"^image 2 of 2: no camera given for an image of 60x40"):
+        shared.predict([noise(0), noise(1, 60, 40)])
+    with pytest.raises(CameraError, match=r"^image 2 of 2: the principal point"):
+        shared.predict([noise(0), noise(1, 40, 40)], K=torch.tensor(shared.config.K))
+    with pytest.raises(CameraError, match=r"^no camera given"):
+        shared.predict(noise(1, 60, 40))
 
 
 def test_a_field_of_view_is_the_K_that_has_it(shared: SMOPE) -> None:
