@@ -216,6 +216,8 @@ def test_an_objective_step_reaches_every_parameter_and_survives_an_empty_image(
         "giou",
         "rotation/direct",
         "depth/refined",
+        "depth/region",
+        "regions/where",
         "offsets",
         "mesh/points",
         "sigma",

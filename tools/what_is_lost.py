@@ -80,7 +80,7 @@ def look(model: SMOPE, record: Record, truths: Sequence[Annotation]) -> dict[str
     K = torch.from_numpy(record.K).float()[None]
     boxes = take(found.boxes[-1], query)
     pairs, direct = network.direct_poses(take(found.queries[-1], query), boxes, label, meshes, K, size)
-    poses = network.refine_poses(pairs, direct, label, meshes, K, size, features)
+    poses, _ = network.refine_poses(pairs, direct, boxes, label, meshes, K, size, features)
     return {
         "label": label[0].numpy(),
         "score": chances[0, query[0], label[0]].numpy(),

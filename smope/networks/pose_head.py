@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smope.geometry.rotations import egocentric_from_allocentric, rot6d_to_matrix
+from smope.geometry.solve import invert_intrinsics
 from smope.networks.deformable import MLP
 from smope.networks.outputs import PairOutputs, PoseEstimate
 
@@ -72,8 +73,7 @@ def pose_from_values(
     centre = unit_to_pixels(boxes[..., :2], size) + shift * extent  # [B, P, 2] pixels
     box_size = extent.prod(-1).sqrt()
     depth = (focal_length(K)[:, None] * diameters / box_size) * log_factor.clamp(-3, 3).exp()  # [B, P] metres
-    inverse = torch.linalg.inv_ex(K)[0]  # without the check, which would wait for the device
     pixels = torch.cat([centre, torch.ones_like(centre[..., :1])], -1)
-    ray = pixels @ inverse.transpose(-1, -2)  # [B, P, 3] with z = 1
+    ray = pixels @ invert_intrinsics(K).transpose(-1, -2)  # [B, P, 3] with z = 1
     rotation = egocentric_from_allocentric(rot6d_to_matrix(rotation6), ray)
     return PoseEstimate(rotation, ray * depth[..., None], centre)

@@ -14,6 +14,7 @@ from roma import rotvec_to_rotmat
 from torch import Tensor, nn
 
 from smope.geometry.projection import project
+from smope.geometry.solve import solve_spd
 from smope.networks.deformable import MLP, FeedForward, zero_last
 from smope.networks.outputs import Features, PoseEstimate
 from smope.networks.pose_head import ImageSize, focal_length, pixels_to_unit
@@ -158,7 +159,7 @@ def gauss_newton_step(
     weighted = jacobian * weight[..., None]
     normal = weighted.transpose(-1, -2) @ jacobian + torch.diag_embed(prior_weight)
     right = (weighted.transpose(-1, -2) @ offsets.flatten(-2)[..., None])[..., 0] + prior_weight * prior_step
-    step = torch.linalg.solve_ex(normal, right[..., None], check_errors=False)[0][..., 0]
+    step = solve_spd(normal, right)
     # A linear step is not to be trusted beyond about half a radian.
     step = step / (step.abs().amax(-1, keepdim=True) / 0.7).clamp(min=1.0)
 

@@ -13,6 +13,7 @@ from smope.data.items import Batch
 from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou, xyxy_to_cxcywh
 from smope.geometry.projection import project
 from smope.geometry.rotations import geodesic_angle
+from smope.geometry.solve import invert_intrinsics
 from smope.network_inputs import surface_table
 from smope.networks.mesh_encoder import MeshInputs
 from smope.networks.outputs import PairOutputs, PoseEstimate, Regions, TrainingOutputs, take, take_layers
@@ -219,7 +220,7 @@ class Objective:
         seen = (instance == slots[..., None, None] + 1) & inside.unflatten(1, shape)
 
         pixels = torch.stack([u, v, torch.ones_like(u)], -1).float()
-        rays = pixels @ torch.linalg.inv_ex(batch.K)[0].transpose(-1, -2)  # [B, P n n, 3]
+        rays = pixels @ invert_intrinsics(batch.K).transpose(-1, -2)  # [B, P n n, 3]
         points = rays.unflatten(1, shape) * depth[..., None]  # metres
         target = truth.nearest(pose.rotation)
         diameters = self.table.diameters[take(batch.labels, slots).clamp(min=0)]
