@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOCAL_SCALES = (0.7, 1.0, 1.4)
+DISTANCE = (0.35, 1.6)  # metres: where LM-O's camera stands; training may look from further away
 MIN_VISIBILITY = 0.3  # through every one of the lenses
 _BATCH = 4  # images rendered and predicted together
 
@@ -101,6 +102,7 @@ def _renders(
         fx=config.fx * scale,
         fy=config.fy * scale,
         focal_jitter_probability=0.0,
+        distance=DISTANCE,
         table_probability=1.0,
         repeat_probability=0.0,  # which detection is meant for which instance is a question of its own
     )
