@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from smope.networks.smope_paper import SmopePaper
 from smope.networks.smope_s import Found
 from smope.objects import ObjectModel
 from smope.poses import Poses
+from smope.stream import Streamed, stream
 
 log = logging.getLogger(__name__)
 
@@ -293,6 +294,10 @@ class SMOPE:
                 results[i] = self._collect(found, row, frame, prepared[i][1], cameras[i], threshold)
         poses = [p for p in results if p is not None]
         return poses if many else poses[0]
+
+    def stream(self, images: Iterable[Any], **options: Any) -> Iterator[Streamed]:
+        """`predict` for any number of images, decoded ahead, in bounded memory: see `smope.stream.stream`."""
+        return stream(self, images, **options)
 
     def _prepare(self, picture: Tensor, camera: Camera) -> tuple[Tensor, Camera]:
         """uint8 [3, H, W] -> float [3, h, w] in 0..1 of the pinhole camera, and that camera"""

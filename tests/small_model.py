@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 import trimesh
+from torch import nn
 
 from smope import SMOPE, ObjectModel
 from smope.config import ModelConfig
+from smope.networks import paper_detector
+from smope.networks.resnet import FrozenBatchNorm2d, ResNet50
 from smope.networks.smope_s import SmopeS, SmopeSConfig
 
 SIZE = (96, 64)
@@ -50,3 +54,52 @@ def noise(seed: int, width: int = SIZE[0], height: int = SIZE[1]) -> torch.Tenso
     """uint8 [3, height, width]"""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+# Sections [network] of recipes: each network as small as it goes, for tests that train.
+TINY_S = {
+    "width": 32,
+    "heads": 4,
+    "encoder_layers": 1,
+    "encoder_hidden": 32,
+    "decoder_layers": 2,
+    "decoder_hidden": 32,
+    "queries": 12,
+    "mesh_tokens": 4,
+    "surface_points": 64,
+    "anchors": 16,
+    "refine_layers": 1,
+    "rebuilt_points": 32,
+    "denoising_groups": 1,
+}
+TINY_PAPER = {
+    "width": 64,
+    "hidden": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "queries": 8,
+    "surface_points": 50,
+    "template_vertices": 42,
+}
+TINY = {"smope-s": TINY_S, "smope-paper": TINY_PAPER}
+
+
+class ThinResNet(ResNet50):
+    """A block a stage, a sixteenth of the channels; strides, frozen parts and names as in the whole one."""
+
+    channels = (32, 64, 128)
+
+    def __init__(self, dilated: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.conv1 = nn.Conv2d(3, 4, 7, 2, 3, bias=False)
+        self.bn1 = FrozenBatchNorm2d(4)
+        self.layer1 = self._stage(4, 4, 1, 1)
+        self.layer2 = self._stage(16, 8, 1, 2)
+        self.layer3 = self._stage(32, 16, 1, 2)
+        self.layer4 = self._stage(64, 32, 1, 1 if dilated else 2, 2 if dilated else 1)
+
+
+def thin_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authors' network with little in front of its transformer: a ResNet-50 alone takes seconds to build,
+    to store and to run."""
+    monkeypatch.setattr(paper_detector, "ResNet50", ThinResNet)

@@ -14,6 +14,7 @@ import torch
 import trimesh
 from PIL import Image
 from scipy.spatial.transform import Rotation
+from small_model import TINY_PAPER, thin_backbone
 from test_paper_checkpoints import NAMES, Hostile, layout, made_up
 from test_paper_deformable_detr import published, reference
 
@@ -30,25 +31,22 @@ from smope.train.recipe import OptimConfig, Recipe, RunConfig
 
 __all__ = ["layout"]  # a fixture
 
-TINY = {
-    "width": 64,
-    "hidden": 64,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "queries": 8,
-    "surface_points": 50,
-    "template_vertices": 42,
-}
+POINTS = 600  # of each mesh's surface
 
 
 @pytest.fixture(scope="module")
 def authors_file(layout: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the trainer writes it, but of fewer layers (quicker; test_paper_checkpoints reads all of them), with
-    random weights whose answers differ from query to query."""
+    """As the trainer writes it, but of fewer layers, surface points and vertices (test_paper_checkpoints has
+    them all), with random weights whose answers differ from query to query."""
     content = made_up(layout)
-    for key in list(content["model"]):
+    for key, tensor in list(content["model"].items()):
         if re.search(r"encoder\.layers\.[1-5]\.|decoder\.layers\.[2-5]\.", key):
             del content["model"][key]
+        elif re.search(r"subnet_(vert|normal)\.0\.weight$", key):
+            content["model"][key] = tensor[:, : 3 * POINTS]
+        elif re.search(r"subnet_decoder_samples\.", key):
+            few = {2562: 42, 3 * 2562: 3 * 42}
+            content["model"][key] = tensor[tuple(slice(few.get(size, size)) for size in tensor.shape)]
     draw = torch.Generator().manual_seed(0)
     drawn: dict[int, torch.Tensor] = {}
     for key, tensor in content["model"].items():
@@ -122,7 +120,7 @@ def test_predict_is_what_the_network_says(
     network = checkpoint.network()
     images = normalise(torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255)
     with torch.no_grad():
-        surfaces = raw_surfaces([mesh_folder / name for name in NAMES], 6000)
+        surfaces = raw_surfaces([mesh_folder / name for name in NAMES], POINTS)
         outputs = network(images, torch.zeros(1, 370, 1225, dtype=torch.bool), surfaces)
     assert outputs.poses is not None
     scores = outputs.detections.logits[-1][0].softmax(-1)[:, 0]
@@ -241,9 +239,15 @@ def records(tmp_path: Path) -> list[Record]:
 
 @pytest.mark.parametrize(("objective", "steps"), [("paper", 5), ("paper-verbatim", 1)])
 def test_steps_of_the_authors_network(
-    meshes: dict[str, trimesh.Trimesh], records: list[Record], tmp_path: Path, objective: str, steps: int
+    meshes: dict[str, trimesh.Trimesh],
+    records: list[Record],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
+    steps: int,
 ) -> None:
-    recipe = Recipe(network=TINY, run=replace(RUN, max_steps=steps), architecture="smope-paper")
+    thin_backbone(monkeypatch)
+    recipe = Recipe(network=TINY_PAPER, run=replace(RUN, max_steps=steps), architecture="smope-paper")
     out = tmp_path / "out"
     folder = fit(meshes, "m", dataset=records, out=out, recipe=recipe, objective=objective, device="cpu")
     model = SMOPE.from_pretrained(folder, device="cpu")
@@ -262,9 +266,11 @@ def test_a_detector_starts_from_deformable_detr(
     meshes: dict[str, trimesh.Trimesh],
     records: list[Record],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    state = published(reference(with_box_refine=True))
+    thin_backbone(monkeypatch)
+    state = published(reference(thin=True, with_box_refine=True))
     path = tmp_path / "r50_deformable_detr.pth"
     torch.save({"model": state}, path)
     recipe = Recipe(

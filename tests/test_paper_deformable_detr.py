@@ -40,14 +40,16 @@ RENAMED = (
 )
 
 
-def reference(**settings: Any) -> Any:
+def reference(thin: bool = False, **settings: Any) -> Any:
+    """`thin`: with the backbone of `small_model.ThinResNet` in place of a ResNet-50."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
+    sizes = {"embedding_size": 4, "hidden_sizes": [16, 32, 64, 128], "depths": [1] * 4} if thin else {}
     config = transformers.DeformableDetrConfig(
         use_timm_backbone=False,
         use_pretrained_backbone=False,
         backbone=None,
-        backbone_config=transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"]),
+        backbone_config=transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"], **sizes),
         d_model=64,
         encoder_layers=2,
         decoder_layers=2,

@@ -15,6 +15,7 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from small_model import TINY_S as NETWORK
 from torch import Tensor
 
 from smope import SMOPE
@@ -34,21 +35,6 @@ from smope.train.loop import opened
 from smope.train.recipe import DataConfig, Recipe, RunConfig
 from smope.train.sources import padded, record_source
 
-NETWORK = {
-    "width": 32,
-    "heads": 4,
-    "encoder_layers": 1,
-    "encoder_hidden": 32,
-    "decoder_layers": 2,
-    "decoder_hidden": 32,
-    "queries": 12,
-    "mesh_tokens": 4,
-    "surface_points": 64,
-    "anchors": 16,
-    "refine_layers": 1,
-    "rebuilt_points": 32,
-    "denoising_groups": 1,
-}
 RUN = RunConfig(
     max_steps=4,
     batch_size=2,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -90,15 +91,24 @@ def from_poses(poses: Poses) -> tuple[Annotation, ...]:
     )
 
 
-def to_batch(records: Sequence[Record], names: Sequence[str], masks: bool = False) -> Batch:
-    """Records of one image size as a `Batch`, with labels into `names`; objects not named are left out.
+def to_batch(
+    records: Sequence[Record],
+    names: Sequence[str],
+    masks: bool = False,
+    size: tuple[int, int] | None = None,
+) -> Batch:
+    """Records as a `Batch`, with labels into `names`; objects not named are left out.
 
-    With `masks`, `instance`, `full_masks` and `depth` are read too, where every record has them. An
-    annotation without a box gets zeros.
+    Images are all of one size or, with `size` (width, height), filled up to that with zeros at the right and
+    the bottom, which leaves K as it is. With `masks`, `instance`, `full_masks` and `depth` are read too,
+    where every record has them. An annotation without a box gets zeros.
     """
     sizes = {record.size for record in records}
-    if len(sizes) != 1:
-        raise ValueError(f"to_batch: records of one image size expected, {sorted(sizes)} given")
+    if size is None and len(sizes) != 1:
+        raise ValueError(f"to_batch: records of one image size, or size=, expected, {sorted(sizes)} given")
+    size = size or next(iter(sizes))
+    if any(width > size[0] or height > size[1] for width, height in sizes):
+        raise ValueError(f"to_batch: images of {sorted(sizes)} do not fit into {size}")
     index = {name: i for i, name in enumerate(names)}
     kept = [[a for a in record.annotations if a.name in index] for record in records]
     slots = max(len(objects) for objects in kept)
@@ -120,7 +130,8 @@ def to_batch(records: Sequence[Record], names: Sequence[str], masks: bool = Fals
     if masks:
         flat = [annotation for objects in kept for annotation in objects]
         if all(a.mask_visible_path for a in flat):
-            instance = torch.stack([_instance_map(r.size, a) for r, a in zip(records, kept, strict=True)])
+            maps = (_instance_map(r.size, a) for r, a in zip(records, kept, strict=True))
+            instance = torch.stack([_filled(plane, size) for plane in maps])
         if all(a.mask_path and a.box_xyxy is not None for a in flat):
             full_masks = torch.zeros(count, slots, _MASK_CELLS, _MASK_CELLS, dtype=torch.bool)
             for b, objects in enumerate(kept):
@@ -128,10 +139,11 @@ def to_batch(records: Sequence[Record], names: Sequence[str], masks: bool = Fals
                     full_masks[b, n] = _mask_in_box(annotation)
         planes = [record.depth() for record in records]
         if all(plane is not None for plane in planes):
-            depth = torch.stack([torch.from_numpy(plane) for plane in planes if plane is not None])
+            depth = torch.stack([_filled(torch.from_numpy(p), size) for p in planes if p is not None])
 
     return Batch(
-        images=torch.stack([load_image(record.image_path) for record in records]).float() / 255,
+        images=torch.stack([_filled(load_image(record.image_path), size) for record in records]).float()
+        / 255,
         K=torch.stack([torch.from_numpy(record.K).float() for record in records]),
         labels=labels,
         T_CO=T_CO,
@@ -141,6 +153,11 @@ def to_batch(records: Sequence[Record], names: Sequence[str], masks: bool = Fals
         depth=depth,
         full_masks=full_masks,
     )
+
+
+def _filled(plane: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """[..., H, W] with zeros behind its columns and below its rows up to `size` (width, height)."""
+    return F.pad(plane, (0, size[0] - plane.shape[-1], 0, size[1] - plane.shape[-2]))
 
 
 def _read_plane(path: Path) -> NDArray[Any]:

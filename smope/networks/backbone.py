@@ -43,6 +43,7 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
         self.relu = relu
+        self.thins = groups > 1 and kernel == 5 and stride == 2
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         assert self.norm.running_mean is not None
@@ -50,20 +51,39 @@ class ConvNorm(nn.Module):
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
         weight = self.conv.weight * scale[:, None, None, None]
         bias = self.norm.bias - self.norm.running_mean * scale
-        x, padding = self._padded(x)
-        x = F.conv2d(x, weight, bias, self.conv.stride, padding, 1, self.conv.groups)
+        if self.thins and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            x = self.thinned(x, weight, bias)
+        else:
+            x, padding = self._padded(x)
+            x = F.conv2d(x, weight, bias, self.conv.stride, padding, 1, self.conv.groups)
         return F.relu6(x, inplace=True) if self.relu else x  # the largest maps: one pass less over memory
+
+    def thinned(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The strided convolution as every other result of the one without stride.
+
+        cuDNN has fast kernels for most 16-bit depthwise convolutions, channels last, but runs its general one
+        for 5x5 with stride 2: 6.7 ms on the mean for 64 images, where the others take 0.2.
+        """
+        (top, _), (left, _) = self._ends(x)
+        pad, stride = self.conv.kernel_size[0] // 2, self.conv.stride[0]
+        dense = F.conv2d(x, weight, None, 1, pad, 1, self.conv.groups)
+        kept = dense[:, :, pad - top :: stride, pad - left :: stride]
+        return kept + bias.to(kept.dtype)[:, None, None]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The image, and how much the convolution itself is to pad at both ends of (height, width)"""
+        (top, bottom), (left, right) = self._ends(x)
+        if top == bottom and left == right:
+            return x, (top, left)
+        return F.pad(x, (left, right, top, bottom)), (0, 0)
+
+    def _ends(self, x: Tensor) -> list[tuple[int, int]]:
+        """Padding before and after, of the height and of the width"""
         ends = []
         for size, kernel, stride in zip(x.shape[-2:], self.conv.kernel_size, self.conv.stride, strict=True):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             ends.append((total // 2, total - total // 2))
-        (top, bottom), (left, right) = ends
-        if top == bottom and left == right:
-            return x, (top, left)
-        return F.pad(x, (left, right, top, bottom)), (0, 0)
+        return ends
 
 
 class InvertedResidual(nn.Module):

@@ -71,14 +71,59 @@ def dropout_layer(share: float) -> nn.Module:
     return nn.Dropout(share) if share else nn.Identity()
 
 
+def autocast_type(x: Tensor) -> torch.dtype:
+    """The type that autocast computes in on x's device; x's own where there is no autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class NarrowLayerNorm(nn.LayerNorm):
+    """LayerNorm that reads and writes autocast's type; mean and variance are in float32 all the same.
+
+    Autocast itself would widen its input and its output to float32: for the thousands of cells of an image
+    that is most of the traffic of a layer, and the next product rounds them back.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = autocast_type(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(kind), self.bias.to(kind)
+            return F.layer_norm(x.to(kind), self.normalized_shape, weight, bias, self.eps)
+
+
+class CellProjection(nn.Sequential):
+    """1x1 convolution and GroupNorm of a feature map, given as cells: [B, C, h, w] -> [B, h * w, width].
+
+    Keys and values are those of Sequential(Conv2d, GroupNorm). Those work on planes, and a map that is stored
+    channels last would be turned over twice.
+    """
+
+    def __init__(self, inputs: int, width: int, groups: int = 32) -> None:
+        super().__init__(nn.Conv2d(inputs, width, 1), nn.GroupNorm(groups, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.GroupNorm)
+        cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, h w, C], a view where x is stored channels last
+        cells = F.linear(cells, conv.weight.flatten(1), conv.bias)
+        grouped = cells.unflatten(-1, (norm.num_groups, -1)).float()  # [B, h w, G, width / G]
+        variance, mean = torch.var_mean(grouped, (1, 3), correction=0, keepdim=True)  # [B, 1, G, 1]
+        scale = (variance + norm.eps).rsqrt() * norm.weight.unflatten(0, (norm.num_groups, -1))
+        shift = norm.bias.unflatten(0, (norm.num_groups, -1)) - mean * scale
+        return (grouped * scale + shift).flatten(2).to(cells.dtype)
+
+
 class FeedForward(nn.Module):
     """linear1, ReLU, linear2, shortcut, norm."""
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, hidden: int, dropout: float = 0.0, norm: type[nn.LayerNorm] = nn.LayerNorm
+    ) -> None:
         super().__init__()
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
-        self.norm = nn.LayerNorm(width)
+        self.norm = norm(width)
         self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,8 +139,8 @@ class EncoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = DeformableAttention(width, heads, levels, points)
-        self.norm1 = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, hidden, dropout)
+        self.norm1 = NarrowLayerNorm(width)
+        self.feed_forward = FeedForward(width, hidden, dropout, NarrowLayerNorm)
         self.dropout = dropout_layer(dropout)
 
     def forward(
@@ -107,7 +152,10 @@ class EncoderLayer(nn.Module):
         padding: Tensor | None = None,
     ) -> Tensor:
         """memory [B, S, C], positions [B or 1, S, C], reference [B, S, L, 2] -> [B, S, C]"""
-        attended = self.self_attn(memory + positions, reference, memory, shapes, padding)
+        # Under autocast memory stays in its type from layer to layer: this is where the bytes are.
+        memory = memory.to(autocast_type(memory))
+        placed = memory + positions.to(memory.dtype)
+        attended = self.self_attn(placed, reference, memory, shapes, padding)
         return self.feed_forward(self.norm1(memory + self.dropout(attended)))
 
 

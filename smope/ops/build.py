@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parents[1] / "_ext"
 _TYPES = {torch.float32: ("float", "f32"), torch.float16: ("F16", "f16"), torch.bfloat16: ("BF16", "bf16")}
 _SCALAR_TYPE = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
-_EFFECT = "Deformable attention runs on PyTorch's own operators, several times slower and with more memory."
 _CPU_SOURCE = SOURCES / "ms_deform_attn_cpu.cpp"
 _CPU_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 _results: dict[Kernel, bool] = {}
@@ -43,6 +42,22 @@ _mutex = threading.RLock()
 
 class KernelUnavailable(RuntimeError):
     """A kernel cannot be had, and the caller asked for nothing else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """What the messages say about a library that cannot be had."""
+
+    effect: str
+    again: str  # how to try again
+    hide: str  # how to do without it, unsaid
+
+
+_ADVICE = Advice(
+    effect="Deformable attention runs on PyTorch's own operators, several times slower and with more memory.",
+    again="Set SMOPE_MSDA=cuda to try again.",
+    hide="Set SMOPE_MSDA=torch to hide this note.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +222,7 @@ def _load_cpu(path: Path) -> ctypes.CDLL:
         functions = (library.smope_msda_cpu_forward, library.smope_msda_cpu_backward)
     except (OSError, AttributeError) as error:
         raise KernelUnavailable(
-            f"smope: the compiled CPU kernel could not be loaded ({error}). {_EFFECT} Remedy: delete "
+            f"smope: the compiled CPU kernel could not be loaded ({error}). {_ADVICE.effect} Remedy: delete "
             f"{path.parent} and run smope build again, or set SMOPE_MSDA=torch to hide this note."
         ) from error
     for function in functions:
@@ -238,8 +253,8 @@ def _load_kernel(kernel: Kernel, retry: bool) -> None:
     binding = _load_binding(retry)
     sources = [SOURCES / "ms_deform_attn.cu", *sorted(SOURCES.glob("*.cuh"))]
     flags = [*kernel.defines, "-O3"]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in _architectures()]
-    library = ctypes.CDLL(str(_compiled(kernel.label, sources, flags, retry)))
+    flags += architecture_flags()
+    library = ctypes.CDLL(str(compiled_library(kernel.label, sources, flags, retry)))
     functions = (library.smope_msda_forward, library.smope_msda_backward)
     entries = [ctypes.cast(function, ctypes.c_void_p) for function in functions]
     types = (_SCALAR_TYPE[kernel.value], _SCALAR_TYPE[kernel.offset])
@@ -250,18 +265,24 @@ def _load_kernel(kernel: Kernel, retry: bool) -> None:
 def _load_binding(retry: bool) -> ctypes.CDLL:
     import smope.ops.library  # noqa: F401  # the schemas that the binding implements
 
-    return ctypes.CDLL(str(_compiled("msda_binding", [SOURCES / "binding.cpp"], ["-O2"], retry)))
+    return ctypes.CDLL(str(compiled_library("msda_binding", [SOURCES / "binding.cpp"], ["-O2"], retry)))
 
 
-def _compiled(label: str, sources: list[Path], flags: list[str], retry: bool) -> Path:
+def architecture_flags() -> list[str]:
+    """What makes nvcc compile for all visible GPUs."""
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in _architectures()]
+
+
+def compiled_library(
+    label: str, sources: list[Path], flags: list[str], retry: bool = False, advice: Advice = _ADVICE
+) -> Path:
     """The shared library of the first of `sources`, compiled unless cached, and loaded."""
     from torch.utils import cpp_extension
 
     if _nvcc() is None or cpp_extension.CUDA_HOME is None:
         raise KernelUnavailable(
-            f"smope: no CUDA compiler (nvcc) was found. {_EFFECT} Remedy: install the CUDA toolkit of "
-            f"torch's CUDA version ({torch.version.cuda}) and name its folder in CUDA_HOME, or set "
-            "SMOPE_MSDA=torch to hide this note."
+            f"smope: no CUDA compiler (nvcc) was found. {advice.effect} Remedy: install the CUDA toolkit of "
+            f"torch's CUDA version ({torch.version.cuda}) and name its folder in CUDA_HOME. {advice.hide}"
         )
     digest = hashlib.sha256(" ".join([*flags, torch.__version__, _nvcc() or ""]).encode())
     for source in sources:
@@ -274,8 +295,8 @@ def _compiled(label: str, sources: list[Path], flags: list[str], retry: bool) ->
         (folder / "owner.lock").touch()
     except OSError as error:
         raise KernelUnavailable(
-            f"smope: compiled kernels cannot be kept ({error}). {_EFFECT} Remedy: name a folder that can be "
-            "written to in SMOPE_CACHE, or set SMOPE_MSDA=torch to hide this note."
+            f"smope: compiled kernels cannot be kept ({error}). {advice.effect} Remedy: name a folder that "
+            f"can be written to in SMOPE_CACHE. {advice.hide}"
         ) from error
     target, failure = folder / f"{name}.so", folder / "failed.json"
     with _exclusive(folder / "owner.lock", label):
@@ -297,21 +318,21 @@ def _compiled(label: str, sources: list[Path], flags: list[str], retry: bool) ->
                     is_python_module=False,
                 )
         except (RuntimeError, OSError, ImportError) as error:
-            message = _failure_message(label, error, failure)
+            message = _failure_message(label, error, failure, advice)
             failure.write_text(json.dumps({"message": message, "log": str(error)}, indent=1))
             raise KernelUnavailable(message) from error
     return target
 
 
-def _failure_message(label: str, error: BaseException, record: Path) -> str:
+def _failure_message(label: str, error: BaseException, record: Path, advice: Advice) -> str:
     lines = [
         line.strip() for line in str(error).splitlines() if re.search(r"error|not found|mismatch", line, re.I)
     ]
     cause = (lines or str(error).splitlines() or [type(error).__name__])[-1 if len(lines) < 2 else 1][:300]
     return (
-        f"smope: the CUDA kernel {label} could not be compiled ({cause}). {_EFFECT} Remedy: a C++ compiler "
-        f"and a CUDA toolkit that match torch (CUDA {torch.version.cuda}); the compiler's output is in "
-        f"{record}. Set SMOPE_MSDA=cuda to try again, or SMOPE_MSDA=torch to hide this note."
+        f"smope: the CUDA kernel {label} could not be compiled ({cause}). {advice.effect} Remedy: a C++ "
+        f"compiler and a CUDA toolkit that match torch (CUDA {torch.version.cuda}); the compiler's output is "
+        f"in {record}. {advice.again} {advice.hide}"
     )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from smope.scenes.compose import BOARDS, SHEETS, TextureBank, compose, visibilit
 from smope.scenes.config import SceneConfig
 from smope.scenes.degrade import CameraDraw, photograph
 from smope.scenes.layout import unpack
+from smope.scenes.raster_cuda import CudaRasteriser, kernel_or_none
 from smope.scenes.rasterise import Rasteriser
 from smope.scenes.sample import SceneSampler
-from smope.scenes.workers import RawBatch, WorkerPool, render_one
+from smope.scenes.workers import RawBatch, WorkerPool, make_one
 
 if TYPE_CHECKING:
     from smope.objects import ObjectModel
@@ -34,8 +35,10 @@ Moved = tuple[int, dict[str, Tensor], "torch.cuda.Event | None"]
 class SceneStream:
     """Endless iterable over `Batch`; batch i depends on `seed` and i alone, whoever draws it.
 
-    `objects` become labels 0, 1, ... in their order. `workers` processes rasterise (0: in this process);
-    light, shadow and camera run in torch on `device`. Close it, or use it as a context manager.
+    `objects` become labels 0, 1, ... in their order. `workers` processes sample scenes (0: this one does);
+    light, shadow and camera run in torch on `device`. On a CUDA device a kernel draws whole batches;
+    elsewhere, or where it cannot be compiled, the workers draw with OpenGL. `rasteriser` insists on one of
+    the two. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -51,10 +54,15 @@ class SceneStream:
         start: int = 0,
         assets: SceneAssets | None = None,
         slots: int = 3,
+        rasteriser: Literal["auto", "cuda", "opengl"] = "auto",
     ) -> None:
         self.config = config or SceneConfig()
         self.seed, self.batch_size, self.start = seed, batch_size, start
         self.device = torch.device(device)
+        if (
+            self.device.type == "cuda" and self.device.index is None
+        ):  # the feeding thread has another current one
+            self.device = torch.device("cuda", torch.cuda.current_device())
         assets = assets or build_assets(objects, clutter, backgrounds)
         self.names = tuple(mesh.name for mesh in assets.targets)
         self.bank = TextureBank.build(assets, self.device)
@@ -70,6 +78,7 @@ class SceneStream:
         self._workers, self._slots = workers, slots
         self._index = self.device.index if self.device.type == "cuda" else None
         self._rasteriser: Rasteriser | None = None
+        self._kernel = self._open_kernel(rasteriser)
         self._feeds: list[_Feed] = []
 
     @classmethod
@@ -99,17 +108,30 @@ class SceneStream:
 
     def batch(self, number: int) -> Batch:
         """Batch `number`, rasterised in this process."""
-        raw = self.rasterise(number)
-        return self.finish(number, {name: tensor.to(self.device) for name, tensor in raw.arrays.items()})
+        return self.finish(number, self.rasterise(number))
 
-    def rasterise(self, number: int) -> RawBatch:
-        if self._rasteriser is None:
-            meshes = self._sampler.targets + self._sampler.clutter
+    def rasterise(self, number: int) -> dict[str, Tensor]:
+        """What `finish` takes of batch `number`, made in this process; on the device."""
+        meshes = self._sampler.targets + self._sampler.clutter
+        if self._kernel is None and self._rasteriser is None:
             self._rasteriser = Rasteriser(meshes, self.config, self._index)
-        raw = RawBatch.empty(self.batch_size, self.config, shared=False)
-        for image, view in enumerate(raw.views()):
-            render_one(self._sampler, self._rasteriser, image_seed(self.seed, number, image), view)
-        return raw
+        raw = RawBatch.empty(self.batch_size, self.config, shared=False, pictures=self._kernel is None)
+        for image, arrays in enumerate(raw.images()):
+            make_one(self._sampler, self._rasteriser, image_seed(self.seed, number, image), arrays)
+        return self.draw({name: tensor.to(self.device) for name, tensor in raw.arrays.items()})
+
+    def draw(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What workers made, on the device, with pictures in place of draws; on the current stream."""
+        return arrays if self._kernel is None else self._kernel.draw(arrays["draws"], arrays["rows"])
+
+    def _open_kernel(self, rasteriser: str) -> CudaRasteriser | None:
+        if rasteriser not in ("auto", "cuda", "opengl"):
+            raise ValueError(f"rasteriser = {rasteriser!r}: 'auto', 'cuda' or 'opengl' expected")
+        meshes = self._sampler.targets + self._sampler.clutter
+        if rasteriser == "cuda":
+            return CudaRasteriser(meshes, self.config, self.device)
+        library = kernel_or_none() if rasteriser == "auto" and self.device.type == "cuda" else None
+        return None if library is None else CudaRasteriser(meshes, self.config, self.device, library)
 
     @torch.no_grad()
     def finish(self, number: int, raw: dict[str, Tensor]) -> Batch:
@@ -166,17 +188,19 @@ def image_seed(seed: int, number: int, image: int) -> tuple[int, ...]:
 
 
 class _Feed:
-    """A thread that moves finished batches to the device on a stream of its own, ahead of their use."""
+    """A thread that moves batches to the device and draws them there, ahead of use, on a stream of its own."""
 
     def __init__(self, stream: SceneStream, first: int) -> None:
-        self._device = stream.device
+        self._device, self._draw = stream.device, stream.draw
+        pictures = stream._kernel is None
         self._pool = WorkerPool(
             stream._sampler,
             stream._workers,
             stream.batch_size,
             partial(image_seed, stream.seed),
-            slots=stream._slots,
+            slots=stream._slots if pictures else 2 * stream._slots,  # scenes not yet drawn are small
             first=first,
+            pictures=pictures,
             device_index=stream._index,
         )
         self._ready: Queue[Moved | BaseException] = Queue(maxsize=2)
@@ -208,6 +232,7 @@ class _Feed:
         self._pool.close()
 
     def _run(self) -> None:
+        side = None
         try:
             side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
             while not self._stop.is_set():
@@ -217,18 +242,25 @@ class _Feed:
                 number, slot = taken
                 arrays = self._pool.slots[slot].arrays
                 if side is None:
-                    item: Moved = (number, {name: t.clone() for name, t in arrays.items()}, None)
+                    copied = {name: tensor.clone() for name, tensor in arrays.items()}
+                    item: Moved = (number, self._draw(copied), None)
                 else:
                     with torch.cuda.stream(side):
                         moved = {name: t.to(self._device, non_blocking=True) for name, t in arrays.items()}
+                        copies = torch.cuda.Event(blocking=True)
+                        copies.record(side)
+                        drawn = self._draw(moved)
                         event = torch.cuda.Event()
                         event.record(side)
-                    event.synchronize()  # before a worker overwrites the slot
-                    item = (number, moved, event)
+                    copies.synchronize()  # before a worker overwrites the slot
+                    item = (number, drawn, event)
                 self._pool.free(slot)
                 self._put(item)
         except BaseException as error:
             self._put(error)
+        finally:
+            if side is not None:  # the meshes may be freed once this thread has ended
+                side.synchronize()
 
     def _put(self, item: Moved | BaseException) -> None:
         while not self._stop.is_set():

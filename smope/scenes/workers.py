@@ -1,4 +1,4 @@
-"""Worker processes that rasterise into shared memory, and the ring of batches they fill."""
+"""Worker processes that sample scenes, and draw them where OpenGL does, into a ring of shared batches."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from smope.scenes.config import SceneConfig
 from smope.scenes.layout import pack, scene_size
+from smope.scenes.raster_table import pack_draws, table_shape
 from smope.scenes.rasterise import GBuffer, Rasteriser
 from smope.scenes.sample import SceneSampler
 
@@ -34,51 +35,68 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class RawBatch:
-    """G-buffers and scenes of one batch on the CPU: names as in GBuffer, and `rows` [B, scene_size]."""
+    """One batch on the CPU: `rows` [B, scene_size] and either its pictures, under GBuffer's names, or what to
+    draw, `draws` [B, D, DRAW_WORDS]."""
 
     arrays: dict[str, Tensor]
 
     @classmethod
-    def empty(cls, batch: int, config: SceneConfig, shared: bool) -> RawBatch:
-        arrays = {}
-        for name, (shape, kind) in GBuffer.shapes(config).items():
-            arrays[name] = torch.zeros(
-                (batch, *shape), dtype=torch.uint8 if kind is np.uint8 else torch.float32
-            )
-        arrays["rows"] = torch.zeros((batch, scene_size(config)))
+    def empty(cls, batch: int, config: SceneConfig, shared: bool, pictures: bool = True) -> RawBatch:
+        arrays = {"rows": torch.zeros((batch, scene_size(config)))}
+        if pictures:
+            for name, (shape, kind) in GBuffer.shapes(config).items():
+                arrays[name] = torch.zeros(
+                    (batch, *shape), dtype=torch.uint8 if kind is np.uint8 else torch.float32
+                )
+        else:
+            arrays["draws"] = torch.zeros((batch, *table_shape(config)))
         if shared:
             for tensor in arrays.values():
                 tensor.share_memory_()
         return cls(arrays)
 
-    def views(self) -> list[tuple[GBuffer, NDArray[np.float32]]]:
-        """For each image its G-buffer and its row, as numpy views."""
+    def images(self) -> list[dict[str, NDArray[Any]]]:
+        """The arrays of each image, as numpy views."""
         held = {name: tensor.numpy() for name, tensor in self.arrays.items()}
-        rows = held.pop("rows")
-        return [(GBuffer(**{k: v[i] for k, v in held.items()}), rows[i]) for i in range(len(rows))]
+        return [{name: array[i] for name, array in held.items()} for i in range(len(held["rows"]))]
 
 
-def render_one(
+def make_one(
     sampler: SceneSampler,
-    rasteriser: Rasteriser,
+    rasteriser: Rasteriser | None,
     seed: tuple[int, ...],
-    out: tuple[GBuffer, NDArray[np.float32]],
+    out: dict[str, NDArray[Any]],
 ) -> None:
+    """Sample a scene and draw it; without a rasteriser, write down what is to be drawn."""
     scene = sampler(seed)
-    rasteriser.draw(scene, out[0])
-    pack(scene.fields, sampler.config, out[1])
+    pack(scene.fields, sampler.config, out["rows"])
+    if rasteriser is None:
+        pack_draws(scene, out["draws"])
+    else:
+        rasteriser.draw(scene, GBuffer(**{name: array for name, array in out.items() if name != "rows"}))
 
 
 def _work(
-    packed: Tensor, slots: list[RawBatch], tasks: Any, done: Any, parent: int, device_index: int | None
+    packed: Tensor,
+    slots: list[RawBatch],
+    tasks: Any,
+    done: Any,
+    parent: int,
+    pictures: bool,
+    device_index: int | None,
 ) -> None:
-    """A worker's life: take (batch, image, slot, seed), draw it, say so; None ends it."""
+    """A worker's life: take (batch, slot, [(image, seed)]), make those images, say so; None ends it.
+
+    It touches neither CUDA nor, where it draws no pictures, OpenGL.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when Ctrl-C ends the workers
     torch.set_num_threads(1)
     try:
         sampler: SceneSampler = pickle.loads(packed.numpy().tobytes())
-        rasteriser = Rasteriser(sampler.targets + sampler.clutter, sampler.config, device_index)
-        views = [slot.views() for slot in slots]
+        rasteriser = None
+        if pictures:
+            rasteriser = Rasteriser(sampler.targets + sampler.clutter, sampler.config, device_index)
+        views = [slot.images() for slot in slots]
         while True:
             try:
                 task = tasks.get(timeout=5)
@@ -88,11 +106,12 @@ def _work(
                 continue
             if task is None:
                 return
-            batch, image, slot, seed = task
-            render_one(sampler, rasteriser, seed, views[slot][image])
-            done.put((batch, None))
+            batch, slot, images = task
+            for image, seed in images:
+                make_one(sampler, rasteriser, seed, views[slot][image])
+            done.put((batch, len(images), None))
     except BaseException:
-        done.put((-1, traceback.format_exc()))
+        done.put((-1, 0, traceback.format_exc()))
 
 
 class WorkerPool:
@@ -106,11 +125,15 @@ class WorkerPool:
         seed_of: Callable[[int, int], tuple[int, ...]],
         slots: int = 3,
         first: int = 0,
+        pictures: bool = True,
         device_index: int | None = None,
     ) -> None:
         context = mp.get_context("spawn")
         try:
-            self.slots = [RawBatch.empty(batch_size, sampler.config, shared=True) for _ in range(slots)]
+            self.slots = [
+                RawBatch.empty(batch_size, sampler.config, shared=True, pictures=pictures)
+                for _ in range(slots)
+            ]
         except RuntimeError as error:
             raise WorkerError(
                 f"no shared memory for {slots} batches of {batch_size} images ({error}); "
@@ -118,6 +141,8 @@ class WorkerPool:
             ) from error
         self._tasks, self._done = context.Queue(), context.Queue()
         self._seed_of, self._batch_size = seed_of, batch_size
+        # Sampling alone is quick: a few images a message spare the parent's time.
+        self._share = 1 if pictures else max(1, min(8, batch_size // workers))
         self._left: dict[int, int] = {}
         self._where: deque[tuple[int, int]] = deque()
         self._next, self._closed = first, False
@@ -127,7 +152,7 @@ class WorkerPool:
         self._processes = [
             context.Process(
                 target=_work,
-                args=(packed, self.slots, self._tasks, self._done, os.getpid(), device_index),
+                args=(packed, self.slots, self._tasks, self._done, os.getpid(), pictures, device_index),
                 daemon=True,
             )
             for _ in range(workers)
@@ -138,12 +163,13 @@ class WorkerPool:
             self.free(slot)
 
     def free(self, slot: int) -> None:
-        """The slot's memory may be overwritten: the next batch is drawn into it."""
+        """The slot's memory may be overwritten: the next batch is made in it."""
         batch, self._next = self._next, self._next + 1
         self._left[batch] = self._batch_size
         self._where.append((batch, slot))
-        for image in range(self._batch_size):
-            self._tasks.put((batch, image, slot, self._seed_of(batch, image)))
+        for begin in range(0, self._batch_size, self._share):
+            images = range(begin, min(begin + self._share, self._batch_size))
+            self._tasks.put((batch, slot, [(image, self._seed_of(batch, image)) for image in images]))
 
     def take(self, stopped: Callable[[], bool] = lambda: False) -> tuple[int, int] | None:
         """Wait for the next batch in order: its number and slot; None when `stopped` says so."""
@@ -152,7 +178,7 @@ class WorkerPool:
             if stopped():
                 return None
             try:
-                finished, failure = self._done.get(timeout=0.5)
+                finished, images, failure = self._done.get(timeout=0.5)
             except Empty:
                 dead = [p.exitcode for p in self._processes if not p.is_alive()]
                 if dead:
@@ -162,7 +188,7 @@ class WorkerPool:
                 continue
             if failure is not None:
                 raise WorkerError(f"a scene worker failed:\n{failure}")
-            self._left[finished] -= 1
+            self._left[finished] -= images
         self._where.popleft()
         del self._left[batch]
         return batch, slot

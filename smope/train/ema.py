@@ -27,8 +27,12 @@ class Ema:
         """Pair the entries once: walking the modules at every step would cost more than the update itself."""
         self._mine: list[Tensor] = list(self.model.parameters())
         self._theirs: list[Tensor] = list(model.parameters())
-        self._my_buffers = list(self.model.buffers())
-        self._their_buffers = list(model.buffers())
+        # By type: one launch each, where a list of mixed types would be copied tensor by tensor.
+        self._buffers: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            pair = self._buffers.setdefault(mine.dtype, ([], []))
+            pair[0].append(mine)
+            pair[1].append(theirs)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -36,5 +40,5 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         torch._foreach_lerp_(self._mine, self._theirs, 1.0 - decay)
-        if self._my_buffers:
-            torch._foreach_copy_(self._my_buffers, self._their_buffers)
+        for averaged, followed in self._buffers.values():
+            torch._foreach_copy_(averaged, followed)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from smope.architectures import Network, architecture_of, build_network
 from smope.config import ConfigError, ModelConfig, from_json, to_json
 from smope.data.items import Batch
+from smope.data.readers import read_records
 from smope.data.records import Record
 from smope.files import write_atomically
 from smope.model import SMOPE
@@ -78,7 +79,8 @@ def fit(
 
     `meshes` {name: mesh} with their `units` (or ready objects), by default those of the recipe. Images are
     rendered from the meshes (`scenes` says how they look, `assets` is the file of clutter and backgrounds),
-    or come from `dataset`, the records of a reader in `smope.data`. `recipe` is a TOML file; arguments go
+    or come from `dataset`, the records of a reader in `smope.data`, or from the data set that the recipe's
+    section [data] names, in any of the forms of `smope.data.readers`. `recipe` is a TOML file; arguments go
     before it, `run_options` are keys of its section [run]. `init` gives weights to start from: a model, a
     full checkpoint, or a small one; with `continue_schedule` the run also stands where that small checkpoint
     stood. `backbone` is a file of ImageNet weights, used where there is no `init`.
@@ -193,13 +195,24 @@ def _source(
     plan: Recipe,
     ranks: Ranks,
 ) -> tuple[Source, SceneConfig | None]:
-    if dataset is not None:
-        if scenes is not None:
-            raise ConfigError("both scenes and dataset given; a run learns from one of them")
-        return record_source(objects, dataset, plan.run, ranks.device, ranks.rank), None
+    if scenes is not None and dataset is not None:
+        raise ConfigError("both scenes and dataset given; a run learns from one of them")
+    if scenes is None:
+        records = dataset if dataset is not None else _read_dataset(plan.data)
+        if records is not None:
+            return record_source(objects, records, plan.run, ranks.device, ranks.rank), None
     config = scenes or from_json(SceneConfig, plan.scenes, "scenes")
     ready = _assets(objects, assets, plan.data, ranks)
     return scene_source(objects, ready, config, plan.run, ranks.device, ranks.rank), config
+
+
+def _read_dataset(data: DataConfig) -> list[Record] | None:
+    """The data set of the section [data], if it names one."""
+    if (data.dataset is None) != (data.format is None):
+        raise ConfigError("data.dataset and data.format go together: the folder, and which form it has")
+    if data.dataset is None or data.format is None:
+        return None
+    return read_records(expand(data.dataset), data.format, data.split)
 
 
 def _assets(

@@ -22,6 +22,9 @@ class DataConfig:
     meshes: Mapping[str, str] = field(default_factory=dict)  # object name -> mesh file
     units: str = "m"  # of the meshes: m, cm, mm or in
     symmetries: str | None = None  # "auto", or a models_info.json
+    dataset: str | None = None  # folder of annotated images, in place of rendered scenes
+    format: Literal["bop", "linemod", "labelimg3d", "kitti"] | None = None  # of `dataset`
+    split: str | None = None  # the part of `dataset`, in the format's own words
     assets: str | None = None  # scene assets in one file; made from the next two where it does not exist
     clutter: str | None = None  # folder of PLY meshes in metres, with index.json
     backgrounds: str | None = None  # folder of photos and hdri/

@@ -87,7 +87,8 @@ def record_source(
     device: torch.device,
     rank: int,
 ) -> Source:
-    """Annotated images in an order that the seed fixes for ever; every tenth is held out."""
+    """Annotated images in an order that the seed fixes for ever; every tenth is held out. Those smaller than
+    the largest, as some frames of KITTI are, are filled up to its size."""
     names = [model.name for model in objects]
     useful = [record for record in records if any(a.name in names for a in record.annotations)]
     if len(useful) < 2:
@@ -100,9 +101,11 @@ def record_source(
     training = [record for i, record in enumerate(useful) if i not in kept_out]
     testing = [record for i, record in enumerate(useful) if i in kept_out][: run.eval_images]
     slots = max(sum(a.name in names for a in record.annotations) for record in useful)
+    sizes = [record.size for record in useful]
+    canvas = (max(width for width, _ in sizes), max(height for _, height in sizes))
 
     def read(chosen: Sequence[Record], masks: bool) -> Batch:
-        return padded(to_batch(chosen, names, masks), slots).to(device)
+        return padded(to_batch(chosen, names, masks, canvas), slots).to(device)
 
     def stream(start: int) -> Iterator[Batch]:
         seed = run.seed + _RANK_SEED * rank
@@ -122,8 +125,8 @@ def record_source(
     held_out: list[Batch] = []
     if rank == 0:
         held_out = [_light(read(testing[i : i + size], False)) for i in range(0, len(testing), size)]
-    first = training[0]
-    return Source(stream, tuple(held_out), first.size, torch.from_numpy(first.K).float())
+    typical = max(training, key=lambda record: sizes.count(record.size))
+    return Source(stream, tuple(held_out), typical.size, torch.from_numpy(typical.K).float())
 
 
 def padded(batch: Batch, slots: int) -> Batch:

@@ -1,0 +1,104 @@
+"""The fast forms of layers against PyTorch's plain ones, in float32, and under autocast against float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smope.networks.backbone import ConvNorm
+from smope.networks.deformable import CellProjection, EncoderLayer, NarrowLayerNorm
+from smope.networks.position import cell_centres, pyramid_positions
+
+
+def gradients(layer: nn.Module, x: Tensor, along: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients of its product with `along`: of the input, then of the parameters"""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    return y.detach(), list(torch.autograd.grad((y * along).sum(), wanted))
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (9, 12), (8, 13), (7, 9)])
+def test_thinned_convolution_is_the_strided_one(height: int, width: int) -> None:
+    """Against PyTorch's own strided convolution of the padded image: output and all gradients."""
+    torch.manual_seed(0)
+    layer = ConvNorm(6, 6, 5, 2, groups=6, relu=False)
+    assert layer.thins
+    x = torch.randn(2, 6, height, width)
+    weight = (layer.conv.weight.detach() + 0.1).requires_grad_()
+    bias = torch.randn(6, requires_grad=True)
+    thick = x.clone().requires_grad_()
+    found = layer.thinned(thick, weight, bias)
+    along = torch.randn_like(found)
+    mine = torch.autograd.grad((found * along).sum(), (thick, weight, bias))
+
+    plain = x.clone().requires_grad_()
+    padding = []  # TensorFlow's "same": what is odd goes to the end
+    for size in (width, height):
+        total = (-(-size // 2) - 1) * 2 + 5 - size
+        padding += [total // 2, total - total // 2]
+    expected = nn.functional.conv2d(nn.functional.pad(plain, padding), weight, bias, 2, groups=6)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected)
+    theirs = torch.autograd.grad((expected * along).sum(), (plain, weight, bias))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_only_strided_5x5_depthwise_convolutions_are_thinned() -> None:
+    kinds = [(6, 6, 5, 2, 6), (6, 6, 3, 2, 6), (6, 6, 5, 1, 6), (6, 6, 5, 2, 1)]
+    assert [ConvNorm(*kind).thins for kind in kinds] == [True, False, False, False]
+
+
+def test_projected_cells_are_a_convolution_and_a_group_norm() -> None:
+    torch.manual_seed(0)
+    mine = CellProjection(12, 16, groups=4)
+    nn.init.normal_(mine[1].weight)
+    nn.init.normal_(mine[1].bias)
+    plain = nn.Sequential(nn.Conv2d(12, 16, 1), nn.GroupNorm(4, 16))
+    plain.load_state_dict(mine.state_dict())
+    plain.append(nn.Flatten(2))
+    x = torch.randn(2, 12, 5, 7).to(memory_format=torch.channels_last)
+    along = torch.randn(2, 16, 35)
+    found, my_gradients = gradients(mine, x, along.mT)
+    expected, gradients_of_torch = gradients(plain, x, along)
+    torch.testing.assert_close(found.mT, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(my_gradients, gradients_of_torch, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_narrow_layer_norm_is_layer_norm_without_autocast_and_rounds_once_under_it() -> None:
+    torch.manual_seed(0)
+    mine, plain = NarrowLayerNorm(64), nn.LayerNorm(64)
+    nn.init.normal_(mine.weight)
+    nn.init.normal_(mine.bias)
+    plain.load_state_dict(mine.state_dict())
+    x = 3 + 5 * torch.randn(10, 64)
+    assert torch.equal(mine(x), plain(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = mine(x)
+        assert plain(x).dtype == torch.float32
+    assert narrow.dtype == torch.bfloat16
+    exact = copy.deepcopy(plain).bfloat16().double()(x.bfloat16().double())
+    # Weight and bias are rounded to 8 bits, and so is the sum: at most half a unit of its largest term each.
+    scale = exact.abs() + mine.bias.abs()
+    assert ((narrow.double() - exact).abs() / scale).max() < 2**-7
+
+
+def test_encoder_layer_keeps_autocasts_type_and_stays_near_float32() -> None:
+    torch.manual_seed(0)
+    layer = EncoderLayer(32, 4, 2, 2, 64)
+    shapes = ((4, 6), (2, 3))
+    memory = torch.randn(2, 30, 32)
+    reference = cell_centres(shapes, memory.device)[None, :, None].expand(2, -1, 2, -1)
+    arguments = (pyramid_positions(shapes, 32, memory.device)[None], reference, shapes)
+    exact = layer(memory, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(memory, *arguments)
+    assert exact.dtype == torch.float32
+    assert narrow.dtype == torch.bfloat16
+    error = (narrow.double() - exact).norm() / exact.norm()
+    assert error < 0.02  # a few roundings to 8 bits of values of size 1
