@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smope.networks.deformable import NarrowLayerNorm
 from smope.networks.outputs import Regions
 from smope.networks.pose_head import ImageSize, pixels_to_unit, unit_to_pixels
 from smope.networks.refine import read_maps
@@ -24,7 +25,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = NarrowLayerNorm(width)
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, n, n, C]
@@ -41,7 +42,7 @@ class RegionReader(nn.Module):
         self.read = nn.Linear(sampled + 2, hidden)
         self.pair = nn.Linear(width + 2, 2 * hidden)
         self.blocks = nn.ModuleList(ConvBlock(hidden) for _ in range(blocks))
-        self.norm = nn.LayerNorm(hidden)
+        self.norm = NarrowLayerNorm(hidden)
         self.surface = nn.Linear(hidden, 4)
         self.halve = nn.ModuleList(
             nn.Conv2d(inputs, hidden, 3, stride=2, padding=1) for inputs in (hidden + 4, hidden)

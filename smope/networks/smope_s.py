@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from smope.networks.attention3d import MeshAttention, MeshSimilarity
 from smope.networks.backbone import build_backbone
-from smope.networks.deformable import MLP, DecoderLayer, EncoderLayer, inverse_sigmoid, zero_last
+from smope.networks.deformable import (
+    MLP,
+    CellProjection,
+    DecoderLayer,
+    EncoderLayer,
+    inverse_sigmoid,
+    zero_last,
+)
 from smope.networks.denoising import attention_mask, noised_boxes
 from smope.networks.mesh_decoder import MeshDecoder
 from smope.networks.mesh_encoder import MeshEncoder, MeshInputs, MeshTokens
@@ -80,9 +87,7 @@ class SmopeS(nn.Module):
         c = config
         self.backbone = build_backbone(c.backbone)
         channels = self.backbone.channels
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(n, c.width, 1), nn.GroupNorm(32, c.width)) for n in channels[1:]
-        )
+        self.input_proj = nn.ModuleList(CellProjection(n, c.width) for n in channels[1:])
         self.level_embed = nn.Parameter(torch.randn(self.levels, c.width) * 0.1)
         deformable = (c.width, c.heads, self.levels, c.points)
         self.encoder = nn.ModuleList(
@@ -187,9 +192,8 @@ class SmopeS(nn.Module):
         if height % 32 or width % 32:
             raise ValueError(f"image of {width}x{height} given; pad width and height to multiples of 32")
         fine, *pyramid = self.backbone(images)
-        projected = [layer(x) for layer, x in zip(self.input_proj, pyramid, strict=True)]
-        shapes: Shapes = tuple((x.shape[-2], x.shape[-1]) for x in projected)
-        memory = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], 1)  # [B, S, C]
+        shapes: Shapes = tuple((x.shape[-2], x.shape[-1]) for x in pyramid)
+        memory = torch.cat([layer(x) for layer, x in zip(self.input_proj, pyramid, strict=True)], 1)
         level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, shapes, strict=True)])
         positions = (pyramid_positions(shapes, self.config.width, images.device) + level)[None]
         reference = cell_centres(shapes, images.device)[None, :, None].expand(
