@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from raster_on_host import KERNEL, build_for_host
 
 from smope.scenes.assets import SceneAssets, build_assets
 from smope.scenes.config import SceneConfig
 from smope.scenes.dress import light_view
 from smope.scenes.layout import Draw, Scene, pack, scene_fields, scene_size
-from smope.scenes.raster_cuda import CudaRasteriser, declare
+from smope.scenes.raster_cuda import CudaRasteriser
 from smope.scenes.raster_table import pack_draws, table_shape
 from smope.scenes.rasterise import GBuffer, MissingEGLError, Rasteriser
 from smope.scenes.sample import SceneSampler
 from smope.software_raster import rasterise
 
-ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
 MIDDLE = SceneConfig(
     width=320, height=240, fx=286.2, fy=286.8, cx=162.6, cy=121.0, shadow_size=128, max_targets=3,
@@ -55,18 +55,8 @@ def assets() -> SceneAssets:
     return SceneAssets(targets.targets, clutter.targets, (), targets.environments)
 
 
-def build_for_host(folder: Path) -> ctypes.CDLL:
-    target = folder / "raster.so"
-    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-x", "c++", "-include"]
-    command += [str(ROOT / "tests/cuda_on_host/raster_on_host.hpp"), str(ROOT / "smope/_ext/raster.cu")]
-    subprocess.run([*command, "-o", str(target)], check=True)
-    return declare(ctypes.CDLL(str(target)))
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++ to compile the kernel for the CPU")
     return build_for_host(tmp_path_factory.mktemp("raster"))
 
 
@@ -258,8 +248,7 @@ def test_tables_of_another_form_are_refused(kernel: CudaRasteriser, library: cty
 @pytest.mark.parametrize("arch", ["75", "80", "90"])
 def test_nvcc_compiles_it_without_spills(arch: str, tmp_path: Path) -> None:
     target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", str(tmp_path / "raster.cubin")]
-    source = ROOT / "smope" / "_ext" / "raster.cu"
-    command = [str(NVCC), "-std=c++17", "-O3", "-Xptxas=-v", *target, str(source)]
+    command = [str(NVCC), "-std=c++17", "-O3", "-Xptxas=-v", *target, str(KERNEL)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 3
