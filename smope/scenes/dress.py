@@ -39,8 +39,8 @@ def draw_colour(rng: np.random.Generator, known: bool, mean: Floats, aim: Floats
     """
     level = 1.0
     if known:
-        hue, saturation = rng.normal(0, 5.0), rng.uniform(0.75, 1.7)
-        contrast, brightness = rng.uniform(0.75, 1.4), rng.uniform(-0.02, 0.08)
+        hue, saturation = rng.normal(0, 5.0), rng.uniform(0.65, 1.55)
+        contrast, brightness = rng.uniform(0.75, 1.4), rng.uniform(0.0, 0.10)
         level = rng.uniform(0.65, 1.2)
         cast = rng.normal(1, 0.04, 3)
         gamma = float(np.exp(rng.normal(0, 0.22)))
@@ -53,7 +53,7 @@ def draw_colour(rng: np.random.Generator, known: bool, mean: Floats, aim: Floats
     else:
         repaint = rng.random() < 0.4
         hue = rng.uniform(-180, 180) if repaint else rng.normal(0, 15)
-        saturation = rng.uniform(0.0, 1.7) if repaint else rng.uniform(0.6, 1.5)
+        saturation = rng.uniform(0.0, 1.5) if repaint else rng.uniform(0.6, 1.5)
         contrast, brightness = rng.uniform(0.6, 1.4), rng.uniform(-0.3, 0.25)
         cast = rng.normal(1, 0.10, 3)
         gamma = float(np.exp(rng.normal(0, 0.35)))
@@ -160,7 +160,7 @@ def sample_background(rng: np.random.Generator, photos: int, sheets: int) -> Fie
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) * zoom[:, None]
     shift = rng.uniform(-1, 1, 2) * np.abs(1 - np.abs(zoom))  # beyond its edges a photo goes on mirrored
     environment = float(rng.random() < 0.08)
-    gain = np.exp(rng.normal(-0.5, 0.6))
+    gain = np.exp(rng.normal(0.0, 0.5))
     return {
         "background": np.array([index, gain, max(0.0, rng.uniform(-1.4, 0.7)), environment]),
         "background_uv": np.column_stack([turn, shift]),
@@ -188,7 +188,7 @@ def sample_lights(
     directions[:, 2] = np.abs(directions[:, 2]) * 1.2 + (0.35 if rng.random() < 0.4 else 1.2)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     strength = np.array(
-        [np.exp(rng.uniform(np.log(0.2), np.log(2.2))), *(rng.uniform(0, 0.9, config.lights - 1))]
+        [np.exp(rng.uniform(np.log(0.2), np.log(1.8))), *(rng.uniform(0, 0.9, config.lights - 1))]
     )
     strength[1:] *= rng.random(config.lights - 1) < 0.6
     if rng.random() < 0.12:
