@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,7 @@ class SMOPE:
         poses = [p for p in results if p is not None]
         return poses if many else poses[0]
 
-    def stream(self, images: Iterable[Any], **options: Any) -> Iterator[Streamed]:
+    def stream(self, images: Iterable[Any], **options: Any) -> Generator[Streamed, None, None]:
         """`predict` for any number of images, decoded ahead, in bounded memory: see `smope.stream.stream`."""
         return stream(self, images, **options)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -53,7 +53,7 @@ def stream(
     top_k: int = 32,
     batch_size: int | None = None,
     workers: int | None = None,
-) -> Iterator[Streamed]:
+) -> Generator[Streamed, None, None]:
     """One `Streamed` an image, in their order; options as for `SMOPE.predict`, the camera one for all.
 
     An item of `images` is an image as `predict` takes it, or a pair of one and its own `Camera`. What cannot

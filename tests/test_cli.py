@@ -283,7 +283,7 @@ def test_evaluate_and_fit_hand_their_options_on(
     assert given == (Path("set"),)
     assert evaluate == {
         "format": "bop", "model": "lmo", "csv": None, "out": Path("scores"), "limit": 5, "batch": 1,
-        "device": None,
+        "device": None, "split": None,
     }  # fmt: skip
     assert (fit["recipe"], fit["out"], fit["max_minutes"], fit["resume"]) == (
         Path("lmo.toml"),

@@ -128,13 +128,15 @@ def test_lists_and_files_that_do_not_fit_are_named(folder: Path) -> None:
     with pytest.raises(DataError, match=r"test\.txt, line 2: a whole number expected, 'last'"):
         LinemodSequence(folder)
     (folder / "test.txt").write_text("0000\n0009\n")
-    with pytest.raises(DataError, match=r"gt\.yml: frame 9 of the list \(line 2\) is missing"):
+    with pytest.raises(DataError, match=r"test\.txt, line 2: frame 9 is not in gt\.yml"):
         LinemodSequence(folder)
     (folder / "test.txt").unlink()
     with pytest.raises(DataError, match=r"test\.txt: file is missing"):
         LinemodSequence(folder)
     (folder.parents[1] / "models/obj_04.ply").unlink()
-    with pytest.raises(DataError, match="the mesh of object 4 is missing"):
+    with pytest.raises(
+        DataError, match=r"gt\.yml, line \d+, at 0 / 1 / obj_id: the mesh of object 4 is missing"
+    ):
         LinemodSequence(folder, None)
     (folder / "rgb/0000.png").unlink()
     with pytest.raises(DataError, match=r"0000\.\*: no such image"):

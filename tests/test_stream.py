@@ -50,7 +50,7 @@ def test_what_cannot_be_read_ends_nothing(model: SMOPE, tmp_path: Path) -> None:
 def test_each_image_may_come_with_its_camera(model: SMOPE) -> None:
     wide = Camera.from_fov(70, (80, 64), dist=[-0.1, 0.0, 0.0, 0.0])
     picture = noise(1, 80, 64)
-    pairs = [(picture, wide), noise(0), (picture, Camera(K, (96, 64)))]
+    pairs = [(picture, wide), noise(0), (picture, Camera(torch.tensor(K), (96, 64)))]
     first, second, wrong = model.stream(pairs, batch_size=3, threshold=0.0)
     alone = model.predict(picture, K=wide.K, dist=wide.dist, threshold=0.0)
     assert first.poses is not None
@@ -74,7 +74,7 @@ def test_it_takes_no_more_than_it_needs_and_can_be_left(model: SMOPE) -> None:
     for _ in range(6):
         next(stream)
     assert taken <= 6 + 2 * 4  # what was given, and four batches ahead
-    stream.close()  # type: ignore[attr-defined]  # it is a generator
+    stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("smope-")]
 
 

@@ -120,9 +120,15 @@ __host__ __device__ inline Corner corner_of(const Batch& batch, const float* row
 }
 
 // The smallest and the largest pixel coordinate of the part with w >= least_w along one axis.
-__host__ __device__ inline void extent_of(const double (&x)[3], const double (&w)[3], double least_w, double& low,
-                                          double& high) {
-    low = 1e30, high = -1e30;
+__host__ __device__ inline void extent_of(const double (&x)[3], const double (&w)[3], double least_w, float& least,
+                                          float& largest) {
+    if (w[0] >= least_w && w[1] >= least_w && w[2] >= least_w) {  // nearly always; float64 divisions are slow
+        float at[3];
+        for (int i = 0; i < 3; ++i) at[i] = static_cast<float>(x[i]) / static_cast<float>(w[i]);
+        least = fminf(fminf(at[0], at[1]), at[2]), largest = fmaxf(fmaxf(at[0], at[1]), at[2]);
+        return;
+    }
+    double low = 1e30, high = -1e30;
     for (int i = 0; i < 3; ++i) {
         const int j = i == 2 ? 0 : i + 1;
         if (w[i] >= least_w) {
@@ -134,12 +140,15 @@ __host__ __device__ inline void extent_of(const double (&x)[3], const double (&w
             low = fmin(low, at), high = fmax(high, at);
         }
     }
+    least = static_cast<float>(low), largest = static_cast<float>(high);
 }
 
-// First and last whole number in [low, high] and in [0, size); a rounding error more on each side costs nothing.
-__host__ __device__ inline void whole_numbers(double low, double high, int size, int& first, int& last) {
-    first = static_cast<int>(ceil(fmax(low - 1e-6, 0.0)) < size ? ceil(fmax(low - 1e-6, 0.0)) : size);
-    last = static_cast<int>(floor(fmax(fmin(high + 1e-6, size - 1.0), -1.0)));
+// First and last whole number in [low, high] and in [0, size). The edge functions decide about pixels, so that this
+// may take in more; the margin is far above the rounding of any coordinate near the target.
+__host__ __device__ inline void whole_numbers(float low, float high, int size, int& first, int& last) {
+    const float margin = 1.f / 128;
+    first = static_cast<int>(ceilf(fminf(fmaxf(low - margin, 0.f), static_cast<float>(size))));
+    last = static_cast<int>(floorf(fmaxf(fminf(high + margin, size - 1.f), -1.f)));
 }
 
 // False where no pixel of the target can be covered.
@@ -147,7 +156,7 @@ __host__ __device__ inline bool set_up(const Corner (&corner)[3], const Target& 
     const double x[3] = {corner[0].x, corner[1].x, corner[2].x};
     const double y[3] = {corner[0].y, corner[1].y, corner[2].y};
     const double w[3] = {corner[0].w, corner[1].w, corner[2].w};
-    double low, high;
+    float low, high;
     extent_of(x, w, target.least_w, low, high);
     whole_numbers(low, high, target.width, out.u0, out.u1);
     if (!(out.u0 <= out.u1)) return false;

@@ -15,11 +15,14 @@ class Evaluate:
     dataset_dir: Positional[Path]
     """Folder of the data set."""
     format: str = "bop"
-    """Form of the data set."""
+    """Form of the data set: bop, linemod (a data folder such as data/02), labelimg3d or kitti."""
+    split: str | None = None
+    """Part of the data set in its format's own words; the test part, or all, by default."""
     model: str | None = None
     """A bundled name, a folder, or a Hugging Face id."""
     csv: Path | None = None
-    """Results in BOP's form, in place of a model."""
+    """Results in place of a model: a file in BOP's form; of kitti a folder of result files; of labelimg3d
+    also a folder of annotations."""
     out: Path | None = None
     """Folder for the CSV of predictions and scores.json."""
     limit: int | None = None
@@ -35,6 +38,7 @@ class Evaluate:
         scores = evaluate_dataset(
             self.dataset_dir,
             format=self.format,
+            split=self.split,
             model=self.model,
             csv=self.csv,
             out=self.out,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from smope.cli import common
 from smope.cli.common import Units, UsageError
+from smope.cli.many import predict_into_file
+
+if TYPE_CHECKING:
+    from smope.model import SMOPE
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,13 @@ class Demo:
 
 @dataclass(frozen=True)
 class Predict:
-    """Find objects in photos: for each, NAME_poses.json and a picture NAME_poses.png."""
+    """Find objects in photos: for each, NAME_poses.json and a picture NAME_poses.png; or, for many, one file.
 
-    images: Positional[tuple[Path, ...]]
-    """Photos, all of one camera."""
+    That file (--out results.jsonl) has a line an image, and the same command goes on where it was stopped.
+    """
+
+    images: Positional[tuple[str, ...]]
+    """Photos of one camera: files, folders, patterns in quotes, lists (a .txt of paths, or - for stdin)."""
     model: str = "lmo"
     """A bundled name, a folder, or a Hugging Face id."""
     K: tuple[float, float, float, float] | None = None
@@ -67,24 +74,32 @@ class Predict:
     top_k: int = 32
     """At most so many objects in a photo."""
     out: Path = Path("poses")
-    """Folder of the results."""
+    """Folder of the results, or a file NAME.jsonl for a line an image."""
     device: str | None = None
-    """cpu, cuda, cuda:1, ...; a GPU where there is one."""
+    """cpu, cuda, cuda:1, ...; a GPU where there is one. Into a .jsonl also cuda:0,cuda:1 or all."""
+    batch: int | None = None
+    """Into a .jsonl: images predicted at a time."""
+    workers: int | None = None
+    """Into a .jsonl: threads that decode, for each device."""
+    strict: bool = False
+    """Into a .jsonl: exit with 2 if an image could not be read. Those are named and left out either way."""
 
     def run(self) -> None:
+        from smope.many_images import image_files
+
         if not self.images:
             raise UsageError("no image given: smope predict IMAGE ...")
-        for image in self.images:  # before any work is done
-            if not image.is_file():
-                raise FileNotFoundError(f"{image}: no such image")
-        results = [self.out / f"{image.stem}_poses.json" for image in self.images]
-        if len(set(results)) < len(results):
-            raise UsageError(
-                "two of the images have the same name; predict them into folders of their own (--out)"
-            )
         if self.K is not None and self.fov is not None:
             raise UsageError("--K and --fov given; pass one of them")
-        model = common.load_model(self.model, self.device)
+        images = image_files(self.images)  # before any work is done
+        if self.out.suffix == ".jsonl":
+            predict_into_file(self, images)
+        else:
+            self._into_folder(images)
+
+    def open_model(self, device: str | None) -> SMOPE:
+        """With the meshes that are to be looked for."""
+        model = common.load_model(self.model, device)
         if self.meshes is not None:
             model.register_meshes(
                 common.mesh_files(self.meshes),
@@ -94,20 +109,35 @@ class Predict:
             )
         elif self.objects is not None:
             model.register_meshes(list(self.objects))
-        for count, (image, result) in enumerate(zip(self.images, results, strict=True), start=1):
+        return model
+
+    def options(self) -> dict[str, Any]:
+        """Those of `SMOPE.predict`."""
+        return {
+            "K": None if self.K is None else common.intrinsics(*self.K),
+            "fov": self.fov,
+            "dist": self.dist,
+            "threshold": self.threshold,
+            "top_k": self.top_k,
+        }
+
+    def _into_folder(self, images: list[str]) -> None:
+        if self.batch or self.workers or self.strict or (self.device and "," in self.device):
+            raise UsageError(
+                "--batch, --workers, --strict and several devices are for a file: --out results.jsonl"
+            )
+        results = [self.out / f"{Path(image).stem}_poses.json" for image in images]
+        if len(set(results)) < len(results):
+            raise UsageError(
+                "two of the images have the same name; predict them into folders of their own "
+                "(--out FOLDER), or all into a file (--out results.jsonl)"
+            )
+        model = self.open_model(self.device)
+        for count, (image, result) in enumerate(zip(images, results, strict=True), start=1):
             start = time.perf_counter()
-            poses = model.predict(
-                image,
-                K=None if self.K is None else common.intrinsics(*self.K),
-                fov=self.fov,
-                dist=self.dist,
-                threshold=self.threshold,
-                top_k=self.top_k,
-            )
+            poses = model.predict(Path(image), **self.options())
             seconds = time.perf_counter() - start
-            print(
-                f"[{count}/{len(self.images)}] {image}: {len(poses)} objects in {seconds:.2f} s -> {result}"
-            )
+            print(f"[{count}/{len(images)}] {image}: {len(poses)} objects in {seconds:.2f} s -> {result}")
             print(common.pose_table(poses))
             poses.save(result)
             common.save_picture(poses, image, result.with_suffix(".png"))

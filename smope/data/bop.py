@@ -127,8 +127,10 @@ class BopScene:
         self, key: str, stem: str, truths: dict[str, Any], infos: dict[str, Any] | None
     ) -> Iterator[Annotation]:
         file, info_file = self.folder / "scene_gt.json", self.folder / "scene_gt_info.json"
-        instances = reading.get(truths, key, file, None)
-        details = None if infos is None else reading.get(infos, key, info_file, None)
+        instances = reading.listed(reading.get(truths, key, file, None), file, (key,))
+        details: list[Any] | None = None
+        if infos is not None:
+            details = reading.listed(reading.get(infos, key, info_file, None), info_file, (key,))
         if details is not None and len(details) != len(instances):
             raise DataError(info_file, (key,), f"{len(instances)} entries expected, {len(details)} given")
         for n, instance in enumerate(instances):
@@ -169,7 +171,10 @@ class BopScene:
 
 @dataclass
 class BopDataset:
-    """A BOP data set's root: meshes, targets and scenes. `names` (object id to name) may be given."""
+    """A BOP data set's root: meshes, targets and scenes. `names` (object id to name) may be given.
+
+    An annotation of an object without a mesh is an error, unless there are no meshes at all.
+    """
 
     root: Path
     split: str = "test"
@@ -180,6 +185,7 @@ class BopDataset:
         self.root = Path(self.root)
         if not self.root.is_dir():
             raise DataError(self.root, None, "folder is missing")
+        self.problems = Problems(self.strict)  # of the scenes read so far
         self.names = {**self._found_names(), **self.names}
 
     @cached_property
@@ -197,11 +203,14 @@ class BopDataset:
             reading.number(reading.get(entry, "diameter", file, (key,)), file, (key, "diameter"))
         return {reading.integer(key, file, (key,)): entry for key, entry in info.items()}
 
+    @property
+    def targets_file(self) -> Path:
+        return self.root / "test_targets_bop19.json"
+
     @cached_property
     def targets(self) -> list[Target]:
-        """test_targets_bop19.json."""
-        file = self.root / "test_targets_bop19.json"
-        found = []
+        """What is to be found in the images of the test split."""
+        file, found = self.targets_file, []
         for n, entry in enumerate(reading.read_json(file, list)):
             keys = ("scene_id", "im_id", "obj_id", "inst_count")
             values = (reading.integer(reading.get(entry, k, file, (n,)), file, (n, k)) for k in keys)
@@ -223,18 +232,33 @@ class BopDataset:
         folder = self.root / self.split / f"{scene_id:06d}"
         if not folder.is_dir():
             raise DataError(folder, None, "scene folder is missing")
-        return BopScene(folder, self.names or None, self.strict)
+        return self._read(folder)
 
     def scenes(self) -> Iterator[BopScene]:
-        """All scenes of the split, by number."""
+        """All scenes of the split, by number; where not strict, those that can be read at all."""
         folders = sorted(f for f in (self.root / self.split).glob("*") if f.is_dir() and f.name.isdigit())
         if not folders:
             raise DataError(self.root / self.split, None, "no scene folder (000001, 000002, ...) in it")
-        return (BopScene(folder, self.names or None, self.strict) for folder in folders)
+        for folder in folders:
+            with self.problems.skip():
+                yield self._read(folder)
+        self.problems.report(f"BOP {self.root.name}, {self.split}")
+
+    def _read(self, folder: Path) -> BopScene:
+        known = {obj_id: name for obj_id, name in self.names.items() if obj_id in self._mesh_ids}
+        scene = BopScene(folder, known or None, self.strict)
+        self.problems.errors.extend(scene.problems.errors)
+        return scene
+
+    @cached_property
+    def _mesh_ids(self) -> list[int]:
+        """Objects that there are meshes of."""
+        stems = (file.stem[4:] for file in self.models_folder.glob("obj_*.ply"))
+        return sorted(int(stem) for stem in stems if stem.isdigit())
 
     def _found_names(self) -> dict[int, str]:
         """From names.json beside the meshes ({"1": "ape"}); else LineMod's where folder and ids say so."""
-        ids = sorted(int(f.stem[4:]) for f in self.models_folder.glob("obj_*.ply") if f.stem[4:].isdigit())
+        ids = self._mesh_ids
         file = self.models_folder / "names.json"
         if file.exists():
             entries = reading.read_json(file).items()

@@ -35,7 +35,8 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class LabelImg3DScene:
-    """A scene's annotated images. `split` picks `ROOT/train` or `ROOT/val` of a tree that has been split.
+    """A scene's annotated images. `split` picks `ROOT/train`, `val` or `test` of a tree that has been split;
+    of one that has not, the share that `split_by_ratio` gives it by its defaults.
 
     `models` and `images` say where those lie if not in the scene, as for a folder of predictions.
     """
@@ -49,7 +50,8 @@ class LabelImg3DScene:
         strict: bool = True,
     ) -> None:
         self.root = Path(root)
-        self.folder = self.root / split if split else self.root
+        share = split if split in ("train", "val", "test") and not (self.root / split).exists() else None
+        self.folder = self.root / split if split and not share else self.root
         if not self.folder.is_dir():
             raise DataError(self.folder, None, "folder is missing")
         self.models_folder = Path(models) if models else self._found_models()
@@ -61,10 +63,14 @@ class LabelImg3DScene:
             raise DataError(self.folder / "annotations", None, "no annotation (*.json) in it")
         stems = [file.stem for file in files]
         numbered = all(stem.isdigit() for stem in stems) and len(set(stems)) == len(stems)
-        for n, file in enumerate(files):
+        keys = [file.relative_to(self.folder / "annotations").with_suffix("").as_posix() for file in files]
+        wanted = set(split_by_ratio(keys)[share] if share else keys)
+        for n, (file, key) in enumerate(zip(files, keys, strict=True)):
+            if key not in wanted:
+                continue
             with self.problems.skip():
                 image_id = int(file.stem) if numbered else n
-                self.records[image_id] = self._record(file, image_id)
+                self.records[image_id] = self._record(file, key, image_id)
         self.problems.report(f"LabelImg3D scene {self.root.name}")
 
     def __len__(self) -> int:
@@ -86,17 +92,16 @@ class LabelImg3DScene:
         candidates = [self.root / "models", self.root / f"model_{self.root.resolve().name}"]
         return next((c for c in candidates if c.is_dir()), candidates[0])
 
-    def _record(self, file: Path, image_id: int) -> Record:
+    def _record(self, file: Path, key: str, image_id: int) -> Record:
         document = read_document(file)
-        relative = file.relative_to(self.folder / "annotations").with_suffix("")
         named = PureWindowsPath(str(reading.get(document, "image_file", file, None))).as_posix()
         image_path = self.images_root / named
         if not image_path.is_file():  # split trees keep the old name in the file
-            folder = self.images_root / "images" / relative.parent
-            image_path = reading.find_image([folder], relative.name, _IMAGE_SUFFIXES)
+            moved = self.images_root / "images" / key
+            image_path = reading.find_image([moved.parent], moved.name, _IMAGE_SUFFIXES)
         distance = self._distance(document, file)
         return Record(
-            key=relative.as_posix(),
+            key=key,
             image_path=image_path,
             K=intrinsics(image_size(image_path), distance),
             annotations=tuple(self._annotations(document, file, distance)),

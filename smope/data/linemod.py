@@ -21,11 +21,12 @@ import yaml  # type: ignore[import-untyped]
 from smope.atomic import atomic_path
 from smope.data import reading
 from smope.data.bop import LINEMOD_NAMES
-from smope.data.reading import DataError, FloatArray, Problems
+from smope.data.reading import DataError, FloatArray, Place, Problems
 from smope.data.records import Annotation, Record
 
 # The camera of all LineMod sequences, for trees without info.yml.
 LINEMOD_K = np.array([[572.4114, 0, 325.2611], [0, 573.57043, 242.04899], [0, 0, 1]])
+FilePlace = tuple[Path, Place]
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _MESH_SUFFIXES = (".ply", ".obj", ".stl", ".glb")
 
@@ -43,9 +44,11 @@ class LinemodSequence:
         truths = reading.read_yaml(self.folder / "gt.yml")
         cameras = self._cameras()
         self.records: dict[int, Record] = {}  # by frame number
-        for place, frame in self._frames(split, truths):
+        for frame, (file, place) in self._frames(split, truths):
             with self.problems.skip():
-                self.records[frame] = self._record(frame, place, truths, cameras)
+                if frame not in truths:
+                    raise DataError(file, place, f"frame {frame} is not in gt.yml")
+                self.records[frame] = self._record(frame, truths, cameras)
         self.problems.report(f"LineMod sequence {self.folder.name}")
 
     def __len__(self) -> int:
@@ -74,35 +77,38 @@ class LinemodSequence:
 
     def mesh_path(self, obj_id: int) -> Path:
         """The mesh file of an object, whatever its name and form."""
+        found = self._found_mesh(obj_id)
+        if found is None:
+            sought = self.models_folder / f"obj_{obj_id:02d}.*"
+            raise DataError(sought, None, f"the mesh of object {obj_id} is missing")
+        return found
+
+    def _found_mesh(self, obj_id: int) -> Path | None:
         stems = (f"obj_{obj_id:02d}", f"obj_{obj_id:06d}", f"{obj_id:02d}", self.names.get(obj_id, ""))
-        for stem in filter(None, stems):
-            for suffix in _MESH_SUFFIXES:
-                if (self.models_folder / f"{stem}{suffix}").is_file():
-                    return self.models_folder / f"{stem}{suffix}"
-        raise DataError(self.models_folder / f"{stems[0]}.*", None, f"the mesh of object {obj_id} is missing")
+        files = (
+            self.models_folder / f"{stem}{suffix}" for stem in stems if stem for suffix in _MESH_SUFFIXES
+        )
+        return next((file for file in files if file.is_file()), None)
 
     def _cameras(self) -> dict[int, Any] | None:
         file = self.folder / "info.yml"
         return reading.read_yaml(file) if file.exists() else None
 
-    def _frames(self, split: str | None, truths: Mapping[Any, Any]) -> Iterator[tuple[int, int]]:
-        """(line in the list or 0, frame number)."""
+    def _frames(self, split: str | None, truths: Mapping[Any, Any]) -> Iterator[tuple[int, FilePlace]]:
+        """Frame numbers, each with the file that names it and where."""
         if split is None:
-            yield from ((0, reading.integer(key, self.folder / "gt.yml", (key,))) for key in truths)
+            file = self.folder / "gt.yml"
+            for key in truths:
+                with self.problems.skip():
+                    yield reading.integer(key, file, (key,)), (file, (key,))
             return
         file = self.folder / f"{split}.txt"
         for line, text in enumerate(reading.read_text(file).splitlines(), start=1):
             if text.strip():
                 with self.problems.skip():
-                    yield line, reading.integer(Path(text.strip()).stem, file, line)
+                    yield reading.integer(Path(text.strip()).stem, file, line), (file, line)
 
-    def _record(
-        self, frame: int, line: int, truths: Mapping[Any, Any], cameras: Mapping[Any, Any] | None
-    ) -> Record:
-        if frame not in truths:
-            raise DataError(
-                self.folder / "gt.yml", None, f"frame {frame} of the list (line {line}) is missing"
-            )
+    def _record(self, frame: int, truths: Mapping[Any, Any], cameras: Mapping[Any, Any] | None) -> Record:
         K, depth_scale = LINEMOD_K, 1.0
         if cameras is not None:
             file = self.folder / "info.yml"
@@ -124,9 +130,7 @@ class LinemodSequence:
 
     def _annotations(self, frame: int, objects: Any) -> Iterator[Annotation]:
         file = self.folder / "gt.yml"
-        if not isinstance(objects, list):
-            raise DataError(file, (frame,), f"a list of objects expected, {objects!r:.60} given")
-        for n, item in enumerate(objects):
+        for n, item in enumerate(reading.listed(objects, file, (frame,))):
             place = (frame, n)
             with self.problems.skip():
                 obj_id = reading.integer(reading.get(item, "obj_id", file, place), file, (*place, "obj_id"))
@@ -135,7 +139,9 @@ class LinemodSequence:
                         f"object {obj_id} is not in models_info.yml, which has {sorted(self.models_info)}"
                     )
                     raise DataError(file, (*place, "obj_id"), message)
-                self.mesh_path(obj_id)
+                if self._found_mesh(obj_id) is None:
+                    message = f"the mesh of object {obj_id} is missing in {self.models_folder}"
+                    raise DataError(file, (*place, "obj_id"), message)
                 T_CO = reading.pose(
                     reading.get(item, "cam_R_m2c", file, place),
                     reading.get(item, "cam_t_m2c", file, place),

@@ -18,7 +18,8 @@ def read_records(
     """The images of a data set of `format` "bop", "linemod" (a data folder), "labelimg3d" or "kitti".
 
     `split` is a part of it in its own words: "test" or "train_pbr" (BOP), "test" or "train" (LineMod),
-    "train" or "val" of a split tree (LabelImg3D), a list in ImageSets (KITTI).
+    "train", "val" or "test" (LabelImg3D: a folder of that name, else shared out 3:1:1), a list in ImageSets
+    (KITTI).
     """
     if format not in _READERS:
         raise ValueError(f"format {format!r} given; known: {', '.join(_READERS)}")

@@ -114,6 +114,13 @@ def get(item: Any, key: str | int, file: Path, place: Place) -> Any:
     return item[key]
 
 
+def listed(value: Any, file: Path, place: Place) -> list[Any]:
+    """`value` if it is a list."""
+    if not isinstance(value, list):
+        raise DataError(file, place, f"a list expected, {value!r:.60} given")
+    return value
+
+
 def floats(values: Any, shape: tuple[int, ...], file: Path, place: Place) -> FloatArray:
     """`values` as a finite float64 array of `shape`; flat lists are reshaped row by row."""
     if isinstance(values, str):

@@ -49,8 +49,10 @@ def evaluate_dataset(
     `format` is "bop", "linemod" (a data folder such as data/02), "labelimg3d" (a scene) or "kitti". `csv`
     is a BOP'19 file; for "labelimg3d" also a scene's folder with predicted annotations; for "kitti" a
     folder of result files. `split` is a part of the set in the format's own words; `limit` takes the first
-    images only. Returns what `out`/scores.json holds, and under "table" the scores as text. With `out` and
-    a model the predictions are written too, in the form that `csv` takes.
+    images only. Targets of a BOP set are those that test_targets_bop19.json lists; of another split, or where
+    there is no list, all instances of which a tenth is visible. Returns what `out`/scores.json holds, and
+    under "table" the scores as text. With `out` and a model the predictions are written too, in the form that
+    `csv` takes.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} given; known: {', '.join(FORMATS)}")
@@ -69,7 +71,7 @@ def evaluate_dataset(
         "dataset": root.resolve().name,
         "format": format,
         **source,
-        "command": _command(root, format, source, limit, batch),
+        "command": _command(root, format, split, source, limit, batch),
         **report.circumstances("cpu" if loaded is None else loaded.device),
         **scored,
     }
@@ -229,9 +231,12 @@ def _model(
     return model, {"model": "model"}
 
 
-def _command(root: Path, format: str, source: Mapping[str, str], limit: int | None, batch: int) -> str:
+def _command(
+    root: Path, format: str, split: str | None, source: Mapping[str, str], limit: int | None, batch: int
+) -> str:
     """The command line that repeats the run, with names in place of this machine's paths."""
     parts = ["smope", "evaluate", root.resolve().name, "--format", format]
+    parts += [] if split is None else ["--split", split]
     parts += ["--csv", source["csv"]] if "csv" in source else ["--model", source["model"]]
     parts += [] if limit is None else ["--limit", str(limit)]
     parts += [] if batch == 1 else ["--batch", str(batch)]

@@ -65,8 +65,13 @@ def load_pose_set(root: Path, format: str, split: str | None = None) -> PoseSet:
 
 def _bop(root: Path, split: str | None) -> PoseSet:
     dataset = BopDataset(root, split or "test")
-    targets = dataset.targets
-    scenes = {scene_id: dataset.scene(scene_id) for scene_id in sorted({t.scene_id for t in targets})}
+    if dataset.split.startswith("test") and dataset.targets_file.is_file():
+        targets = dataset.targets
+        scenes = {scene_id: dataset.scene(scene_id) for scene_id in sorted({t.scene_id for t in targets})}
+    else:  # BOP's own lists hold what is visible to a tenth
+        scenes = {scene.scene_id: scene for scene in dataset.scenes()}
+        everything = {(r.scene_id, r.image_id): r for scene in scenes.values() for r in scene}
+        targets = _all_annotated(everything, visibility=0.1)
     records = {}
     for target in targets:
         scene = scenes[target.scene_id]
@@ -161,11 +166,12 @@ def _write_csv(out: Path, model: str, estimates: Iterable[Estimate]) -> None:
     write_bop_csv(out / f"smope_{model}-test.csv", estimates)
 
 
-def _all_annotated(records: Mapping[tuple[int, int], Record]) -> list[Target]:
-    """Every annotated object is to be found."""
+def _all_annotated(records: Mapping[tuple[int, int], Record], visibility: float = 0.0) -> list[Target]:
+    """Every annotated object that is so visible is to be found."""
     targets = []
     for (scene_id, im_id), record in records.items():
-        ids = [a.object_id for a in record.annotations if a.object_id is not None]
+        seen = (a for a in record.annotations if a.visibility >= visibility)
+        ids = [a.object_id for a in seen if a.object_id is not None]
         targets += [Target(scene_id, im_id, obj_id, ids.count(obj_id)) for obj_id in sorted(set(ids))]
     return targets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,18 +13,36 @@ from torch import Tensor
 
 from smope.scenes.assets import TEXTURE_SIZE, SceneAssets
 from smope.scenes.config import SceneConfig
-from smope.scenes.light import Environments, sample_environment, screen_occlusion, shade, shadows
+from smope.scenes.fuse import fused
+from smope.scenes.light import (
+    Environments,
+    Planes,
+    ambient_light,
+    dot,
+    mirror,
+    screen_occlusion,
+    shade,
+    shadow_moments,
+    shadows,
+    spread_out,
+    surroundings,
+)
 from smope.scenes.textures import marker_board, procedural_texture
 
 SHEETS, BOARDS = 48, 24  # procedural textures in the bank
+SMALLER = 8  # how many times the small copies are smaller
+BACKGROUND, OBJECT, LAYER = 0, 1, 2  # what a pixel shows; LAYER + k for layer k of the table
 
 
 @dataclass(frozen=True, eq=False)
 class TextureBank:
-    """Photos, then procedural sheets, then marker boards; sRGB, uint8, with a small copy against aliasing."""
+    """Photos, then procedural sheets, then marker boards; sRGB, with a small copy against aliasing.
 
-    pictures: Tensor  # [T, 3, 384, 512] uint8
-    small: Tensor  # [T, 3, 48, 64] uint8
+    A texel is red + 256 green + 65536 blue, so that one look-up brings all three.
+    """
+
+    pictures: Tensor  # [T, 384, 512] int32
+    small: Tensor  # [T, 48, 64] int32
     environments: Environments
 
     @classmethod
@@ -35,9 +54,18 @@ class TextureBank:
         for _ in range(BOARDS):
             middle = photos[rng.integers(len(photos))] if len(photos) and rng.random() < 0.7 else None
             made.append(marker_board(rng, height, width, middle))
-        pictures = torch.from_numpy(np.concatenate([photos, np.stack(made)])).to(device)
-        small = torch.cat([F.avg_pool2d(part.float(), 8).round().byte() for part in pictures.split(32)])
-        return cls(pictures, small, Environments.build(assets.environments, device))
+        parts = torch.from_numpy(np.concatenate([photos, np.stack(made)])).split(32)
+        pictures, small = [], []
+        for part in parts:
+            there = part.to(device)
+            pictures.append(_pack(there))
+            small.append(_pack(F.avg_pool2d(there.float(), SMALLER).round()))
+        return cls(torch.cat(pictures), torch.cat(small), Environments.build(assets.environments, device))
+
+
+def _pack(pictures: Tensor) -> Tensor:
+    red, green, blue = pictures.int().unbind(dim=1)
+    return red | green << 8 | blue << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,55 +85,33 @@ def compose(
     config: SceneConfig,
 ) -> Composed:
     """Light a batch of G-buffers (rasterise.GBuffer with a batch dimension; `scene` from layout.unpack)."""
-    height, width = depth.shape[1:]
-    rays = pixel_rays(scene["K"], height, width)  # [B, 3, H, W], z = 1
-    drawn = albedo[..., 3]
-    plane_depth, inside, plane_albedo = _table_top(rays, scene, bank)
-    on_object = (drawn > 0)[:, None]
-    on_plane = inside & (~on_object | (plane_depth < depth[:, None]))
-    on_object = on_object & ~on_plane
-    surface = on_object | on_plane
-    material = torch.where(on_plane[:, 0], torch.full_like(drawn, config.plane_material), drawn)
-
-    point_depth = torch.where(on_plane, plane_depth, depth[:, None])
-    points = rays * point_depth
-    object_albedo = srgb_to_linear(albedo[..., :3].permute(0, 3, 1, 2).float() / 255)
-    surface_albedo = torch.where(on_plane, plane_albedo, object_albedo)
-    object_normal = normal[..., :3].permute(0, 3, 1, 2).float() * (2 / 255) - 1
-    plane_normal = scene["plane"][:, :3, None, None]
-    surface_normal = F.normalize(torch.where(on_plane, plane_normal, object_normal), dim=1)
-    view = -rays / rays.norm(dim=1, keepdim=True)
-    rows = (torch.arange(len(drawn), device=drawn.device) * config.materials)[:, None, None]
-    flat = scene["materials"].flatten(0, 1)
-    index = rows + material.long()
-    looked = tuple(flat[:, k][index][:, None] for k in range(3))
-    lit = shadows(light, points, scene)
-    far = torch.where(surface, point_depth, torch.full_like(point_depth, 4.0))
-    open_sky = lit[:, 1:] * screen_occlusion(far[:, 0], scene)
-    radiance = shade(
-        surface_albedo,
-        surface_normal,
-        view,
-        (looked[0], looked[1], looked[2]),
+    # Four bytes a pixel, read at once: red, green, blue and the material; the normal.
+    packed, bent = (buffer.contiguous().view(torch.int32)[..., 0] for buffer in (albedo, normal))
+    depth, kind, material = find_surface(packed, depth, scene, config.plane_material)
+    radiance = paint(
+        packed,
+        bent,
+        depth,
+        kind,
+        material,
+        surroundings(depth),
+        shadow_moments(light, scene),
         scene,
-        bank.environments,
-        lit[:, :1],
-        open_sky,
+        kinds(scene),
+        (bank.pictures, bank.small),
+        (bank.environments.irradiance, bank.environments.reflection),
     )
-    radiance = torch.where(surface, radiance, _background(view, scene, bank))
-    return Composed(
-        radiance, torch.where(surface, point_depth, torch.zeros_like(point_depth))[:, 0], material
-    )
+    return Composed(radiance, depth, material)
 
 
-def pixel_rays(K: Tensor, height: int, width: int) -> Tensor:
-    """[B, 3, H, W] directions through pixel centres (whole numbers), z = 1."""
+def pixel_rays(K: Tensor, height: int, width: int) -> Planes:
+    """Directions [B, H, W] through pixel centres (whole numbers), z = 1."""
     u = torch.arange(width, device=K.device, dtype=torch.float32)
     v = torch.arange(height, device=K.device, dtype=torch.float32)
-    y = (v[None] - K[:, 1, 2, None]) / K[:, 1, 1, None]  # [B, H]
-    x = (u[None] - K[:, 0, 2, None])[:, None] - K[:, 0, 1, None, None] * y[..., None]  # [B, H, W]
+    y = ((v[None] - K[:, 1, 2, None]) / K[:, 1, 1, None])[..., None]  # [B, H, 1]
+    x = (u[None] - K[:, 0, 2, None])[:, None] - K[:, 0, 1, None, None] * y  # [B, H, W]
     x = x / K[:, 0, 0, None, None]
-    return torch.stack([x, y[..., None].expand_as(x), torch.ones_like(x)], dim=1)
+    return x, y.expand_as(x), torch.ones_like(x)
 
 
 def srgb_to_linear(x: Tensor) -> Tensor:
@@ -113,54 +119,163 @@ def srgb_to_linear(x: Tensor) -> Tensor:
     return x.clamp(0, 1).pow(2.2)
 
 
-def _table_top(rays: Tensor, scene: dict[str, Tensor], bank: TextureBank) -> tuple[Tensor, Tensor, Tensor]:
-    """Depth [B, 1, H, W] of the plane, where it is table or sheet, and its linear albedo [B, 3, H, W]."""
-    normal, offset = scene["plane"][:, :3], scene["plane"][:, 3, None, None]
-    slope = torch.einsum("bc,bchw->bhw", normal, rays)
-    depth = offset / torch.where(slope.abs() < 1e-5, torch.full_like(slope, -1e-5), slope)
-    hit = (scene["table"][:, None, None] > 0) & (depth > 0.05) & (depth < 12.0)
-    depth = torch.where(hit, depth, torch.full_like(depth, 12.0))
-    P_C = scene["P_C"]
-    place = P_C[:, :, :3] @ (rays * depth[:, None]).flatten(2) + P_C[:, :, 3:]
-    place = torch.cat([place, torch.ones_like(place[:, :1])], dim=1)  # [B, 3, HW]
+def channels(packed: Tensor) -> Planes:
+    """The lowest three bytes of each int32, as floats in 0..255."""
+    return (packed & 255).float(), (packed >> 8 & 255).float(), (packed >> 16 & 255).float()
+
+
+@fused
+def find_surface(
+    albedo: Tensor, depth: Tensor, scene: dict[str, Tensor], plane_material: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each pixel of a packed albedo [B, H, W] the depth, 0 where nothing is; the kind; the material id."""
+    rays = pixel_rays(scene["K"], *depth.shape[1:])
+    drawn = albedo >> 24 & 255
+    slope = dot(spread_out(scene["plane"]), rays)
+    steep = torch.where(slope.abs() < 1e-5, -1e-5, slope)
+    plane_depth = scene["plane"][:, 3, None, None] / steep
+    hit = (scene["table"][:, None, None] > 0) & (plane_depth > 0.05) & (plane_depth < 12.0)
+    plane_depth = torch.where(hit, plane_depth, 12.0)
+    in_front = hit & ((drawn == 0) | (plane_depth < depth))
+    place = plane_place(rays, plane_depth, scene)
+    kind = (drawn > 0).to(torch.uint8)
+    for k in range(scene["layer_extent"].shape[1]):
+        rows = scene["layer_extent"][:, k, ..., None, None]  # [B, 2, 3, 1, 1]
+        across, along = (
+            (rows[:, i, 0] * place[0] + rows[:, i, 1] * place[1] + rows[:, i, 2]).abs() for i in range(2)
+        )
+        kind = torch.where(in_front & (across <= 1) & (along <= 1), LAYER + k, kind)
+    on_plane = kind >= LAYER
+    found = torch.where(on_plane, plane_depth, torch.where(drawn > 0, depth, 0.0))
+    return found, kind.to(torch.uint8), torch.where(on_plane, plane_material, drawn).to(torch.uint8)
+
+
+def plane_place(rays: Planes, depth: Tensor, scene: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The plane's own x and y of points, metres."""
+    P_C = scene["P_C"][..., None, None]
+    x, y = (dot(P_C[:, row].unbind(dim=1), rays) * depth + P_C[:, row, 3] for row in range(2))
+    return x, y
+
+
+def kinds(scene: dict[str, Tensor]) -> Tensor:
+    """[11, B * kinds] of each image and kind: texture, texels a metre, gains, place to texture (2 x 3)."""
+    index, gain, _, _ = scene["background"].unbind(dim=1)
+    zero, one = torch.zeros_like(index), torch.ones_like(index)
+    columns = [index, zero, gain, gain, gain, *scene["background_uv"].flatten(1).unbind(dim=1)]
+    rows = [torch.stack(columns, dim=1), torch.stack([zero, zero, one, one, one] + [zero] * 6, dim=1)]
+    for k in range(scene["layer_texture"].shape[1]):
+        which, texels = scene["layer_texture"][:, k, None], scene["layer_texels"][:, k, None]
+        rows.append(
+            torch.cat([which, texels, scene["layer_gain"][:, k], scene["layer_uv"][:, k].flatten(1)], 1)
+        )
+    return torch.stack(rows, dim=1).flatten(0, 1).T.contiguous()
+
+
+@fused
+def paint(
+    albedo: Tensor,
+    normal: Tensor,
+    depth: Tensor,
+    kind: Tensor,
+    material: Tensor,
+    around: Sequence[Tensor],
+    moments: Tensor,
+    scene: dict[str, Tensor],
+    table: Tensor,
+    textures: tuple[Tensor, Tensor],
+    environments: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Radiance [B, 3, H, W] of what `find_surface` found: one texture and one environment look-up a pixel."""
+    batch, height, width = depth.shape
+    rays = pixel_rays(scene["K"], height, width)
+    shrink = (rays[0] * rays[0] + rays[1] * rays[1] + 1).rsqrt()
+    view: Planes = (-rays[0] * shrink, -rays[1] * shrink, -shrink.expand_as(depth))
+    on_object, on_plane, nothing = kind == OBJECT, kind >= LAYER, kind == BACKGROUND
+    images = torch.arange(batch, device=depth.device)[:, None, None]
+
+    row = images * (table.shape[1] // batch) + kind
+    texture, texels, red, green, blue, *uv = (column[row] for column in table)
+    place = plane_place(rays, depth, scene)
+    # The background lies on the screen, whose sides are at -1 and 1.
+    u = (torch.arange(width, device=depth.device) * 2 + 1) / width - 1
+    v = ((torch.arange(height, device=depth.device) * 2 + 1) / height - 1)[:, None]
+    x, y = torch.where(on_plane, place[0], u), torch.where(on_plane, place[1], v)
     # Metres that a pixel spans on the plane, the geometric mean of both directions.
-    span = depth / scene["K"][:, 0, 0, None, None] / (slope.abs() / rays.norm(dim=1)).clamp(min=0.02).sqrt()
-    albedo, inside = torch.zeros_like(rays), torch.zeros_like(hit)
-    for k in range(scene["layer_uv"].shape[1]):
-        extent = (scene["layer_extent"][:, k] @ place).abs().amax(dim=1).unflatten(1, hit.shape[1:])
-        here = hit & (extent <= 1)
-        grid = (scene["layer_uv"][:, k] @ place).unflatten(2, hit.shape[1:]).permute(0, 2, 3, 1)
-        index = scene["layer_texture"][:, k].long()
-        texels = span * scene["layer_texels"][:, k, None, None]
-        coarse = (torch.log2(texels.clamp(min=1e-3)) / 3).clamp(0, 1)[:, None]
-        sharp = _sample(bank.pictures[index], grid, "reflection")
-        colour = torch.lerp(sharp, _sample(bank.small[index], grid, "reflection"), coarse)
-        colour = srgb_to_linear(colour) * scene["layer_gain"][:, k, :, None, None]
-        albedo = torch.where(here[:, None], colour.clamp(max=0.95), albedo)
-        inside = inside | here
-    return depth[:, None], inside[:, None], albedo
+    tilt = (dot(spread_out(scene["plane"]), rays).abs() * shrink).clamp(min=0.02)
+    span = depth / scene["K"][:, 0, 0, None, None] * tilt.rsqrt()
+    coarse = (torch.log2((span * texels).clamp(min=1e-3)) / 3).clamp(0, 1)
+    coarse = torch.where(on_plane, coarse, scene["background"][:, 2, None, None])
+    grid = (uv[0] * x + uv[1] * y + uv[2], uv[3] * x + uv[4] * y + uv[5])
+    which = texture.int()
+    printed = [
+        torch.lerp(sharp, blurred, coarse)
+        for sharp, blurred in zip(*(bilinear(bank, which, *grid) for bank in textures), strict=True)
+    ]
+    gains, own = (red, green, blue), channels(albedo)
+    colours = [srgb_to_linear(torch.where(on_object, own[c], printed[c]) / 255) * gains[c] for c in range(3)]
 
-
-def _sample(pictures: Tensor, grid: Tensor, padding: str) -> Tensor:
-    return F.grid_sample(
-        pictures.float() / 255, grid, mode="bilinear", padding_mode=padding, align_corners=False
+    looked = scene["materials"].flatten(0, 1)  # [B * materials, 3]
+    row = images * scene["materials"].shape[1] + material
+    roughness, metalness, specular = (looked[:, k].contiguous()[row] for k in range(3))
+    flat = spread_out(scene["plane"])
+    bent = [torch.where(on_plane, f, n * (2 / 255) - 1) for f, n in zip(flat, channels(normal), strict=True)]
+    # No normal where nothing is: such a pixel mirrors what lies behind it.
+    unit = torch.where(nothing, 0.0, dot(bent, bent).clamp(min=1e-12).rsqrt())
+    facing: Planes = (bent[0] * unit, bent[1] * unit, bent[2] * unit)
+    irradiance, reflection = environments
+    mirrored = mirror(facing, view, torch.where(nothing, 0.0, roughness), reflection, scene)
+    # Where nothing is, the light views are asked about a far point, whose answer is not used.
+    far = torch.where(nothing, 4.0, depth)
+    lit = shadows(moments, (rays[0] * far, rays[1] * far, far), scene)
+    radiance = shade(
+        (
+            torch.where(on_plane, colours[0].clamp(max=0.95), colours[0]),
+            torch.where(on_plane, colours[1].clamp(max=0.95), colours[1]),
+            torch.where(on_plane, colours[2].clamp(max=0.95), colours[2]),
+        ),
+        facing,
+        view,
+        (roughness, metalness, specular),
+        ambient_light(facing, irradiance, scene),
+        mirrored,
+        scene,
+        lit[0],
+        lit[1] * screen_occlusion(depth, around, scene),
     )
+    surround = scene["background"][:, 3, None, None] > 0
+    behind = [torch.where(surround, mirrored[c] * gains[c], colours[c]) for c in range(3)]
+    return torch.stack([torch.where(nothing, behind[c], radiance[c]) for c in range(3)], dim=1)
 
 
-def _background(view: Tensor, scene: dict[str, Tensor], bank: TextureBank) -> Tensor:
-    """[B, 3, H, W] linear: a photo, or the environment itself."""
-    height, width = view.shape[-2:]
-    index, gain, blur, surround = scene["background"].unbind(dim=1)
-    grid = F.affine_grid(scene["background_uv"], [len(view), 3, height, width], align_corners=False)
-    photo = _sample(bank.pictures[index.long()], grid, "reflection")
-    photo = torch.lerp(
-        photo, _sample(bank.small[index.long()], grid, "reflection"), blur[:, None, None, None]
+def bilinear(pictures: Tensor, which: Tensor, x: Tensor, y: Tensor) -> Planes:
+    """Packed pictures [T, h, w] at places in -1..1, mirrored beyond them; picture `which`, x, y [B, H, W].
+
+    As grid_sample with padding "reflection" and align_corners=False, in 0..255; but each pixel has its own
+    picture.
+    """
+    height, width = pictures.shape[1:]
+    texels = pictures.flatten()
+    x0, x1, right = _neighbours(x, width)
+    y0, y1, low = _neighbours(y, height)
+    upper, lower = (which * height + y0) * width, (which * height + y1) * width
+    top, bottom = (
+        [
+            torch.lerp(a, b, right)
+            for a, b in zip(channels(texels[line + x0]), channels(texels[line + x1]), strict=True)
+        ]
+        for line in (upper, lower)
     )
-    photo = srgb_to_linear(photo)
-    which = scene["environment"][:, 0].long()
-    away = (scene["R_EC"] @ -view.flatten(2)).unflatten(2, (height, width))
-    around = sample_environment(bank.environments.reflection[which, :3], away)
-    return torch.where(surround[:, None, None, None] > 0, around, photo) * gain[:, None, None, None]
+    red, green, blue = (torch.lerp(a, b, low) for a, b in zip(top, bottom, strict=True))
+    return red, green, blue
+
+
+def _neighbours(place: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The texels before and after a place in -1..1 along a mirrored line of them, and the second's share."""
+    at = (place + 1) * (size / 2)
+    at = at - torch.floor(at / (2 * size)) * (2 * size)
+    at = (size - 0.5 - (at - size).abs()).clamp(0, size - 1)
+    first = at.int()
+    return first, (first + 1).clamp(max=size - 1), at - first
 
 
 def visibility(material: Tensor, tiles: Tensor, boxes: Tensor) -> Tensor:
@@ -168,8 +283,13 @@ def visibility(material: Tensor, tiles: Tensor, boxes: Tensor) -> Tensor:
 
     tiles [B, N, 64, 64] bool: silhouettes resampled into boxes [B, N, 4]; material [B, H, W] holds slot + 1.
     """
-    slots = torch.arange(1, tiles.shape[1] + 1, device=tiles.device, dtype=material.dtype)
-    seen = torch.stack([(material == slot).sum(dim=(1, 2)) for slot in slots], dim=1).float()
+    seen = count_pixels(material, tiles.shape[1]).float()
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     whole = tiles.float().mean(dim=(2, 3)) * area
     return (seen / whole.clamp(min=1.0)).clamp(0, 1)
+
+
+@fused
+def count_pixels(material: Tensor, slots: int) -> Tensor:
+    """[B, slots] pixels of each id from 1 on."""
+    return torch.stack([(material == slot).sum(dim=(1, 2)) for slot in range(1, slots + 1)], dim=1)

@@ -20,7 +20,7 @@ class SceneConfig:
     fy: float = 573.57043
     cx: float = 325.2611
     cy: float = 242.04899
-    focal_jitter_probability: float = 0.3  # share of images seen through another lens ...
+    focal_jitter_probability: float = 0.6  # share of images seen through another lens ...
     focal_scale: Range = (0.7, 1.4)  # ... with this factor on fx and fy
     near: float = 0.08  # clipping planes, metres
     far: float = 12.0
@@ -28,43 +28,51 @@ class SceneConfig:
     max_targets: int = 8  # object slots of an image (N)
     targets: tuple[int, int] = (1, 8)  # targets placed in an image, inclusive
     full_set_probability: float = 0.35  # share of images with as many targets as fit, as in crowded photos
-    repeat_probability: float = 0.10  # share of images that may hold several instances of one object
-    clutter: tuple[int, int] = (3, 8)  # other objects in the heap, inclusive
-    far_clutter: tuple[int, int] = (2, 8)  # other objects standing around it, table scenes only
+    # Share of images that may hold several instances of an object: in half of them one object stands two or
+    # three times beside different others, in half each is drawn by chance.
+    repeat_probability: float = 0.25
+    clutter: tuple[int, int] = (4, 9)  # other objects in the heap, inclusive
+    far_clutter: tuple[int, int] = (3, 9)  # other objects standing around it, table scenes only
     far_scale: Range = (1.0, 2.2)  # further factor on their size: furniture, screens, pots
     invented_scale_share: float = 0.15  # most clutter draws from meshes whose scale was invented
     clutter_scale: Range = (0.75, 1.3)
+    lookalike_probability: float = 0.3  # clutter painted in about the colour of a known object ...
+    lookalike_near_probability: float = 0.5  # ... where it touches or hides a target
 
     table_probability: float = 0.65  # the rest are free scenes: objects in the air before a photo
     upright_probability: float = 0.6  # targets standing with their model z axis up
     tilt_probability: float = 0.12  # objects leaning instead of resting flat
     stack_probability: float = 0.12  # objects standing on another one
-    heap_radius: Range = (0.06, 0.22)  # standard deviation of the positions on the plane, metres
-    overlap: Range = (0.0, 0.35)  # allowed overlap of footprint circles, share of the smaller radius
-    distance: Range = (0.35, 1.6)  # camera to the object it looks at, metres
+    heap_radius: Range = (0.05, 0.22)  # standard deviation of the positions on the plane, metres
+    overlap: Range = (0.0, 0.4)  # allowed overlap of footprint circles, share of the smaller radius
+    distance: Range = (0.35, 2.2)  # camera to the object it looks at, metres, even in its logarithm
+    usual_distance: Range = (0.38, 0.78)  # part of that logarithm (0 to 1) where the cameras ...
+    usual_distance_probability: float = 0.5  # ... of this share of table scenes are
     elevation: Range = (0.0, 90.0)  # of the camera above the plane, degrees
     look_at_jitter: float = 0.10  # standard deviation of the point looked at, metres
     roll: float = 20.0  # standard deviation of the in-plane roll, degrees
     any_roll_probability: float = 0.10
 
-    front_occluder_probability: float = 0.45  # for each target of a free scene
+    front_occluder_probability: float = 0.25  # for each target of a free scene
+    table_occluder_probability: float = 0.16  # for each target on a table: something stands before it ...
+    held_probability: float = 0.5  # ... or, this share, reaches in from the air as hands and tools do
     min_visibility: float = 0.02  # slots below are left empty
 
     shadow_size: int = 256  # texels of a light-view depth map
-    layers: int = 5  # texture layers on the plane: table, board, sheets
+    layers: int = 7  # texture layers on the plane: table, board, sheets
     materials: int = 40  # ids an image can hold, 0 (nothing) and the plane included
     lights: int = 3
 
-    exposure: Range = (0.18, 0.60)  # mean of the sRGB image that the exposure aims at
-    spread: Range = (0.13, 0.31)  # standard deviation of the sRGB image that the tone curve aims at
-    blur_sigma: Range = (0.35, 1.05)  # pixels: anti-aliasing and ordinary focus together
+    exposure: Range = (0.18, 0.48)  # mean of the sRGB image that the exposure aims at
+    spread: Range = (0.18, 0.32)  # standard deviation of the sRGB image that the tone curve aims at
+    blur_sigma: Range = (0.48, 1.05)  # pixels: anti-aliasing and ordinary focus together
     defocus_probability: float = 0.12
     defocus_sigma: Range = (1.0, 2.0)  # pixels
     motion_probability: float = 0.15
     motion_length: Range = (1.5, 7.0)  # pixels
     noise: Range = (0.0002, 0.003)  # read noise, standard deviation as a share of full scale, linear light
     shot_noise: Range = (0.001, 0.012)  # standard deviation of the shot noise at full scale
-    sharpen: Range = (0.0, 2.0)  # amount of unsharp masking
+    sharpen: Range = (0.3, 2.2)  # amount of unsharp masking
     jpeg_probability: float = 0.6
     jpeg_quality: Range = (60.0, 95.0)
     erase_probability: float = 0.05  # strips or patches cut out of the image

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smope.scenes.config import SceneConfig
-from smope.scenes.jpeg import jpeg
+from smope.scenes.filters import convolve, gaussian, pad, separable
+from smope.scenes.fuse import fused
+from smope.scenes.jpeg import coding_tables, recode
 
 REACH = 5  # pixels each way of the blur kernel
+SHARPEN_REACH = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,9 @@ class CameraDraw:
     brightness: Tensor  # mean of the sRGB picture aimed at
     white: Tensor  # [B, 3] gains
     vignette: Tensor  # share of light lost in the corners
-    blur: Tensor  # [B, 1, 11, 11] kernel of focus, motion and the pixel's own extent
+    blur_sigma: Tensor  # pixels: focus and the pixel's own extent
+    moving: Tensor  # [M] int64, the pictures that moved while exposed
+    motion: Tensor  # [M, 11, 11] kernels of theirs, focus included
     read_noise: Tensor  # standard deviations, share of full scale
     shot_noise: Tensor
     chroma_noise: Tensor  # share of the noise that differs between the colours
@@ -48,7 +53,7 @@ class CameraDraw:
         out_of_focus = rng.random(batch) < config.defocus_probability
         sigma = np.where(out_of_focus, rng.uniform(*config.defocus_sigma, batch), sigma)
         moving = rng.random(batch) < config.motion_probability
-        length = np.where(moving, rng.uniform(*config.motion_length, batch), 0.0)
+        length = rng.uniform(*config.motion_length, batch)
         warmth = rng.normal(0, 0.08, (batch, 1)) * np.array([1.0, 0.0, -1.0]) + rng.normal(
             0, 0.03, (batch, 3)
         )
@@ -62,7 +67,8 @@ class CameraDraw:
             "brightness": np.clip(rng.normal(0.34, 0.08, batch), *config.exposure),
             "white": np.exp(warmth),
             "vignette": rng.uniform(0, 0.35, batch),
-            "blur": blur_kernels(sigma, length, rng.uniform(0, np.pi, batch)),
+            "blur_sigma": sigma,
+            "motion": blur_kernels(sigma, length, rng.uniform(0, np.pi, batch))[moving],
             "read_noise": log_uniform(*config.noise),
             "shot_noise": log_uniform(*config.shot_noise),
             "chroma_noise": rng.uniform(0.2, 1.0, batch),
@@ -78,45 +84,58 @@ class CameraDraw:
             "erase": erase,
         }
         tensors = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
+        tensors["moving"] = torch.from_numpy(np.nonzero(moving)[0])
         return cls(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def blur_kernels(sigma: np.ndarray, length: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """[B, 1, 11, 11] Gaussians of `sigma` pixels drawn along lines of `length` pixels; they sum to 1."""
+    """[B, 11, 11] Gaussians of `sigma` pixels drawn along lines of `length` pixels; they sum to 1."""
     taps = np.arange(-REACH, REACH + 1)
     y, x = np.meshgrid(taps, taps, indexing="ij")
     along = np.linspace(-0.5, 0.5, 9)[None, :] * length[:, None]  # [B, 9]
     dx = x[None, None] - (along * np.cos(angle[:, None]))[..., None, None]
     dy = y[None, None] - (along * np.sin(angle[:, None]))[..., None, None]
     kernel = np.exp(-0.5 * (dx**2 + dy**2) / np.maximum(sigma, 0.2)[:, None, None, None] ** 2).sum(axis=1)
-    return (kernel / kernel.sum(axis=(1, 2), keepdims=True))[:, None]
+    return kernel / kernel.sum(axis=(1, 2), keepdims=True)
 
 
 def photograph(radiance: Tensor, camera: CameraDraw, generator: torch.Generator) -> Tensor:
-    """Linear radiance [B, 3, H, W] to pictures in 0..1, sRGB, in steps of 1/255."""
-    height, width = radiance.shape[-2:]
-    x = expose(radiance, camera.brightness)
-    x = x * (camera.white[:, :, None, None] * vignetting(camera.vignette, height, width))
-    # Highlights spread before they clip, but not without bound.
-    x = blur(x.clamp(max=4.0), camera.blur)
-    x = x.clamp(max=1.0) + sensor_noise(x, camera, generator)
-    x = tone(x.clamp(0, 1), camera)
-    x = sharpen(x, camera.sharpen, camera.sharpen_sigma).clamp(0, 1)
-    coded = camera.quality > 0
-    x = torch.where(coded[:, None, None, None], jpeg(x, camera.quality.clamp(min=30.0)), x)
-    x = cut_out(x, camera.erase)
-    return (x * 255).round_() / 255
+    """Linear radiance [B, 3, H, W] to pictures in 0..1, sRGB, in steps of 1/255.
+
+    What is done pixel by pixel is fused; means over a picture are not, since the order in which a compiler
+    sums may change from run to run.
+    """
+    batch, _, height, width = radiance.shape
+    white = torch.randn(
+        (batch, 4, height, width), generator=generator, device=radiance.device, dtype=torch.float32
+    )
+    gain = exposure_gain(radiance, camera.brightness)[:, None] * camera.white
+    x = blur(expose(radiance, gain, camera.vignette), camera)
+    x = read_out(x, white, camera.read_noise, camera.shot_noise, camera.chroma_noise, camera.gamma)
+    middle, contrast = tone_statistics(x, camera.spread)
+    look = (camera.brightness, middle, contrast, camera.saturation, camera.black)
+    x = tone(x, *look)
+    soft = separable(x, gaussian(camera.sharpen_sigma, SHARPEN_REACH))
+    tables = coding_tables(camera.quality.clamp(min=30.0))
+    return write_out(x, soft, camera.sharpen, camera.quality, tables, camera.erase)
 
 
-def expose(radiance: Tensor, brightness: Tensor) -> Tensor:
-    """Scale so that the gamma-coded picture's mean comes to `brightness`, as automatic exposure does."""
+def exposure_gain(radiance: Tensor, brightness: Tensor) -> Tensor:
+    """[B] gains that bring the gamma-coded picture's mean to `brightness`, as automatic exposure does."""
     small = F.avg_pool2d(radiance, 8).mean(dim=1)
     coded = small.clamp(1e-6, 20.0).pow(1 / 2.2)
     gain = (brightness / coded.mean(dim=(1, 2)).clamp(min=1e-3)).pow(2.2)
     # The second look sees what clips.
     coded = (small * gain[:, None, None]).clamp(1e-6, 1.0).pow(1 / 2.2)
-    gain = gain * (brightness / coded.mean(dim=(1, 2)).clamp(min=1e-3)).clamp(0.5, 2.0).pow(2.2)
-    return radiance * gain[:, None, None, None]
+    return gain * (brightness / coded.mean(dim=(1, 2)).clamp(min=1e-3)).clamp(0.5, 2.0).pow(2.2)
+
+
+@fused
+def expose(radiance: Tensor, gain: Tensor, vignette: Tensor) -> Tensor:
+    """Light on the sensor, padded by the blur's reach; gain [B, 3], vignette [B] the corners' loss."""
+    light = radiance * (gain[:, :, None, None] * vignetting(vignette, *radiance.shape[-2:]))
+    # Highlights spread before they clip, but not without bound.
+    return pad(light.clamp(max=4.0), REACH)
 
 
 def vignetting(loss: Tensor, height: int, width: int) -> Tensor:
@@ -127,57 +146,64 @@ def vignetting(loss: Tensor, height: int, width: int) -> Tensor:
     return 1 - loss[:, None, None, None] * radius
 
 
-def blur(x: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve each picture of [B, 3, H, W] with its kernel [B, 1, k, k]."""
-    batch, channels, height, width = x.shape
-    flat = F.pad(x, (REACH,) * 4, mode="replicate").flatten(0, 1)[None]
-    weight = kernel.repeat_interleave(channels, dim=0)
-    return F.conv2d(flat, weight, groups=batch * channels).reshape(batch, channels, height, width)
+def blur(padded: Tensor, camera: CameraDraw) -> Tensor:
+    """Focus all of [B, 3, H + 10, W + 10]; those that moved are few, and their kernels not separable."""
+    sharp = separable(padded, gaussian(camera.blur_sigma.clamp(min=0.2), REACH))
+    if len(camera.moving):
+        sharp.index_copy_(0, camera.moving, convolve(padded[camera.moving], camera.motion))
+    return sharp
 
 
-def sensor_noise(x: Tensor, camera: CameraDraw, generator: torch.Generator) -> Tensor:
-    """Shot and read noise, correlated over neighbours as demosaicing leaves it."""
-    batch, _, height, width = x.shape
-    white = torch.randn((batch, 4, height, width), generator=generator, device=x.device, dtype=torch.float32)
+@fused
+def read_out(x: Tensor, white: Tensor, read: Tensor, shot: Tensor, chroma: Tensor, gamma: Tensor) -> Tensor:
+    """Shot and read noise, correlated over neighbours as demosaicing leaves it; then the gamma.
+
+    white [B, 4, H, W]: standard normal numbers; the rest [B] as in CameraDraw.
+    """
     # Colour is interpolated from every other pixel: its noise is twice as coarse as that of the luminance.
     colour = F.avg_pool2d(white[:, 1:], 3, stride=1, padding=1) * 3
-    share = camera.chroma_noise[:, None, None, None]
+    share = chroma[:, None, None, None]
     grain = white[:, :1] * (1 - share.square()).clamp(min=0).sqrt() + colour * (0.6 * share)
-    level = (
-        camera.read_noise[:, None, None, None].square()
-        + camera.shot_noise[:, None, None, None].square() * x.clamp(0, 1)
-    ).sqrt()
-    return grain * level
+    x = x.clamp(max=1.0)
+    level = read[:, None, None, None].square() + shot[:, None, None, None].square() * x.clamp(min=0)
+    return (x + grain * level.sqrt()).clamp(1e-6, 1).pow(1 / gamma[:, None, None, None])
 
 
-def tone(x: Tensor, camera: CameraDraw) -> Tensor:
-    """Gamma, contrast towards the spread and brightness aimed at, saturation, black level."""
-    y = x.clamp(min=1e-6).pow(1 / camera.gamma[:, None, None, None])
-    small = F.avg_pool2d(y, 8).mean(dim=1)
-    middle, spread = small.mean(dim=(1, 2)), small.std(dim=(1, 2))
-    contrast = (camera.spread / spread.clamp(min=1e-3)).clamp(0.7, 1.8)
-    y = (
-        camera.brightness[:, None, None, None]
-        + (y - middle[:, None, None, None]) * contrast[:, None, None, None]
-    )
-    grey = (y * torch.tensor([0.299, 0.587, 0.114], device=y.device).view(1, 3, 1, 1)).sum(
-        dim=1, keepdim=True
-    )
-    y = grey + (y - grey) * camera.saturation[:, None, None, None]
-    black = camera.black[:, None, None, None]
-    return (black + y.clamp(0, 1) * (1 - black)).clamp(0, 1)
+def tone_statistics(coded: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] mean of gamma-coded pictures, and the contrast that brings their spread to `spread`."""
+    small = F.avg_pool2d(coded, 8).mean(dim=1)
+    contrast = (spread / small.std(dim=(1, 2)).clamp(min=1e-3)).clamp(0.7, 1.8)
+    return small.mean(dim=(1, 2)), contrast
 
 
-def sharpen(x: Tensor, amount: Tensor, sigma: Tensor) -> Tensor:
-    """Unsharp masking; the overshoot at edges is what such cameras show."""
-    taps = torch.arange(-2, 3, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (taps / sigma[:, None]).square())
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    batch, channels, height, width = x.shape
-    weight = (kernel[:, :, None] * kernel[:, None, :]).repeat_interleave(channels, dim=0)[:, None]
-    flat = F.pad(x, (2,) * 4, mode="replicate").flatten(0, 1)[None]
-    soft = F.conv2d(flat, weight, groups=batch * channels).reshape(batch, channels, height, width)
-    return x + amount[:, None, None, None] * (x - soft)
+@fused
+def tone(
+    coded: Tensor, brightness: Tensor, middle: Tensor, contrast: Tensor, saturation: Tensor, black: Tensor
+) -> Tensor:
+    """Contrast about the brightness aimed at, saturation, black level; padded by the sharpening's reach."""
+    centred = (coded - middle[:, None, None, None]) * contrast[:, None, None, None]
+    y = brightness[:, None, None, None] + centred
+    grey = 0.299 * y[:, :1] + 0.587 * y[:, 1:2] + 0.114 * y[:, 2:]
+    y = grey + (y - grey) * saturation[:, None, None, None]
+    black = black[:, None, None, None]
+    return pad((black + y.clamp(0, 1) * (1 - black)).clamp(0, 1), SHARPEN_REACH)
+
+
+@fused
+def write_out(
+    padded: Tensor,
+    soft: Tensor,
+    amount: Tensor,
+    quality: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor],
+    erase: Tensor,
+) -> Tensor:
+    """Unsharp masking, whose overshoot at edges is what such cameras show; JPEG; what is cut out; 8 bits."""
+    inner = slice(SHARPEN_REACH, -SHARPEN_REACH)
+    x = padded[..., inner, inner]
+    x = (x + amount[:, None, None, None] * (x - soft)).clamp(0, 1)
+    x = torch.where(quality[:, None, None, None] > 0, recode(x, *tables), x)
+    return (cut_out(x, erase) * 255).round() / 255
 
 
 def cut_out(x: Tensor, boxes: Tensor) -> Tensor:

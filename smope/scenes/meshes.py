@@ -38,6 +38,25 @@ class PreparedMesh:
         """Diagonal of the bounding box, metres."""
         return float(np.linalg.norm(np.ptp(self.hull, axis=0)))
 
+    @cached_property
+    def hull_rows(self) -> NDArray[np.float64]:
+        """[3, h] the hull's x, y and z, contiguous: extremes along rows are found fast."""
+        return np.ascontiguousarray(self.hull.T, dtype=np.float64)
+
+    @cached_property
+    def mean_color(self) -> NDArray[np.float64]:
+        """[3] sRGB in 0..1, the mean over the surface."""
+        corners = self.vertices[self.faces]
+        area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
+        of_faces = self.colors[self.faces].mean(axis=1) / 255.0
+        return np.asarray(np.average(of_faces, axis=0, weights=np.maximum(area, 1e-12)), dtype=np.float64)
+
+    @cached_property
+    def slender(self) -> float:
+        """Longest over middle side of the bounding box: a screwdriver's is large, a ball's 1."""
+        sides = np.sort(np.ptp(self.hull, axis=0))
+        return float(sides[2] / max(sides[1], 1e-6))
+
 
 def prepare_mesh(
     name: str, mesh: trimesh.Trimesh, faces: int = 3000, coarse_faces: int = 600, scale_known: bool = True

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import prod
 
 import numpy as np
@@ -158,10 +159,11 @@ class CudaRasteriser:
             width=c.width, height=c.height, shadow=c.shadow_size, targets=c.max_targets,
             near=c.near, far=c.far,
         )  # fmt: skip
-        stream, index = None, 0
+        stream, index = None, -1
         if device.type == "cuda":
             stream, index = torch.cuda.current_stream(device).cuda_stream, device.index
-        error = self._library.smope_raster(ctypes.byref(batch), ctypes.sizeof(batch), index, stream)
+        with torch.cuda.device(index) if device.type == "cuda" else nullcontext():
+            error = self._library.smope_raster(ctypes.byref(batch), ctypes.sizeof(batch), index, stream)
         if error != 0:
             message = self._library.smope_raster_error(error).decode()
             raise RuntimeError(f"the CUDA rasteriser could not be launched: {message}")

@@ -6,12 +6,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 from smope.scenes.config import SceneConfig
-from smope.scenes.dress import draw_colour, sample_background, sample_layers, sample_lights, sample_materials
+from smope.scenes.dress import (
+    Paint,
+    draw_colour,
+    sample_background,
+    sample_layers,
+    sample_lights,
+    sample_materials,
+)
 from smope.scenes.layout import Draw, Scene
 from smope.scenes.meshes import PreparedMesh
+from smope.scenes.turns import about_vector, about_z, any_turn
 
 Floats = NDArray[np.float64]
 
@@ -26,6 +33,7 @@ class Placed:
     t: Floats  # [3]
     radius: float  # footprint or bounding radius, metres
     top: float = 0.0  # height of its highest point, metres
+    hides: bool = False  # put there to hide a target
 
 
 @dataclass
@@ -41,10 +49,18 @@ class SceneSampler:
     environments: int
     _known: NDArray[np.intp] = field(init=False)
     _invented: NDArray[np.intp] = field(init=False)
+    _handy: NDArray[np.intp] = field(init=False)
+    _slender: NDArray[np.intp] = field(init=False)
 
     def __post_init__(self) -> None:
         known = np.array([mesh.scale_known for mesh in self.clutter], dtype=bool)
         self._known, self._invented = np.nonzero(known)[0], np.nonzero(~known)[0]
+        size = np.array([mesh.diameter for mesh in self.clutter])
+        slender = np.array([mesh.slender for mesh in self.clutter])
+        largest = max(mesh.diameter for mesh in self.targets)
+        # What may hide a target and yet leave the others in sight: about their size, or long and thin.
+        self._handy = np.nonzero((size > 0.25 * largest) & (size < largest))[0]
+        self._slender = np.nonzero((size > 0.4 * largest) & (size < 1.2 * largest) & (slender > 1.8))[0]
 
     def __call__(self, seed: tuple[int, ...]) -> Scene:
         rng = np.random.default_rng(seed)
@@ -54,11 +70,12 @@ class SceneSampler:
         if table:
             placed = self._heap(rng, wanted)
             R_CW, t_CW = self._camera(rng, placed)
+            placed += self._occluders(rng, placed, -R_CW.T @ t_CW)
         else:
             placed = self._free(rng, wanted, K)
             # World up is somewhere on the camera's upper side: lights and the environment hang on it.
-            tilt = [rng.uniform(-150, -60), rng.normal(0, 30)]
-            R_CW = Rotation.from_euler("xz", tilt, degrees=True).as_matrix()
+            lean, roll = np.deg2rad([rng.uniform(-150, -60), rng.normal(0, 30)])
+            R_CW = about_z(roll) @ about_vector(np.array([lean, 0.0, 0.0]))
             t_CW = np.array([0.0, 0.0, 0.8])
             for item in placed:
                 item.R, item.t = R_CW.T @ item.R, R_CW.T @ (item.t - t_CW)
@@ -80,9 +97,13 @@ class SceneSampler:
         count = int(rng.integers(c.targets[0], c.targets[1] + 1))
         if rng.random() < c.full_set_probability:
             count = c.targets[1]
-        if rng.random() < c.repeat_probability:
+        if rng.random() >= c.repeat_probability:
+            return rng.permutation(known)[: min(count, known)]
+        if rng.random() < 0.5:
             return rng.integers(0, known, count)
-        return rng.permutation(known)[: min(count, known)]
+        copies = min(int(rng.integers(2, 4)), c.targets[1])
+        kinds = rng.permutation(known)[: 1 + max(count - copies, 0)]
+        return rng.permutation(np.append(kinds, np.full(copies - 1, kinds[0])))
 
     def _choose_clutter(self, rng: np.random.Generator) -> int:
         """Index of a clutter mesh, counted behind the targets."""
@@ -99,13 +120,13 @@ class SceneSampler:
             # Flattened odds: rare rests are views too.
             odds = np.sqrt(mesh.rest_weights.astype(np.float64))
             R = mesh.rests[rng.choice(len(odds), p=odds / odds.sum())].astype(np.float64)
-        R = Rotation.from_euler("z", rng.uniform(0, 360), degrees=True).as_matrix() @ R
+        R = about_z(rng.uniform(0, 2 * np.pi)) @ R
         if rng.random() < c.tilt_probability:
-            R = Rotation.from_rotvec(rng.normal(0, np.deg2rad(15), 3)).as_matrix() @ R
+            R = about_vector(rng.normal(0, np.deg2rad(15), 3)) @ R
         if target < 0:
             R = R * (scale * rng.uniform(*c.clutter_scale))
-        points = mesh.hull @ R.T
-        low, high = points.min(axis=0), points.max(axis=0)
+        points = R @ mesh.hull_rows
+        low, high = points.min(axis=1), points.max(axis=1)
         extent = (high - low)[:2]
         # Between the inscribed and the circumscribed circle of the footprint box.
         radius = 0.25 * float(extent.max() + extent.min())
@@ -119,7 +140,7 @@ class SceneSampler:
             extra = int(rng.integers(c.clutter[0], c.clutter[1] + 1))
             items += [self._resting(rng, self._choose_clutter(rng), -1) for _ in range(extra)]
         items = [items[k] for k in rng.permutation(len(items))]
-        spread, overlap = rng.uniform(*c.heap_radius), rng.uniform(*c.overlap)
+        spread, overlap = np.exp(rng.uniform(*np.log(c.heap_radius))), rng.uniform(*c.overlap)
         centres = np.zeros((0, 2))
         radii = np.zeros(0)
         for k, item in enumerate(items):
@@ -155,7 +176,8 @@ class SceneSampler:
         outward = np.array(
             [np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)]
         )
-        distance = rng.uniform(*c.distance)
+        part = c.usual_distance if rng.random() < c.usual_distance_probability else (0.0, 1.0)
+        distance = c.distance[0] * (c.distance[1] / c.distance[0]) ** rng.uniform(*part)
         eye = look_at + outward * distance
         eye[2] = max(eye[2], 0.03)
         # Keep the lens out of every object.
@@ -173,8 +195,42 @@ class SceneSampler:
         side /= np.linalg.norm(side)
         upright = np.stack([side, np.cross(forward, side), forward])
         roll = rng.uniform(-180, 180) if rng.random() < c.any_roll_probability else rng.normal(0, c.roll)
-        R_CW = Rotation.from_euler("z", roll, degrees=True).as_matrix() @ upright
+        R_CW = about_z(np.deg2rad(roll)) @ upright
         return R_CW, -R_CW @ eye
+
+    def _occluders(self, rng: np.random.Generator, placed: list[Placed], eye: Floats) -> list[Placed]:
+        """Things between the camera and targets on the table: standing there, or held in from the air."""
+        c = self.config
+        if not self.clutter:
+            return []
+        found: list[Placed] = []
+        for subject in [item for item in placed if item.target >= 0]:
+            if rng.random() > c.table_occluder_probability:
+                continue
+            away = eye - subject.t
+            gap = float(np.linalg.norm(away))
+            flat = float(np.linalg.norm(away[:2]))
+            # Seen from above nothing that stands beside it hides a target.
+            held = rng.random() < c.held_probability or away[2] > 1.4 * flat
+            pool = self._slender if held and rng.random() < 0.6 else self._handy
+            index = len(self.targets) + int(rng.choice(pool)) if len(pool) else self._choose_clutter(rng)
+            if held:
+                R = any_turn(rng) * rng.uniform(*c.clutter_scale)
+                radius = self.mesh(index).diameter / 2
+                reach = subject.radius * rng.uniform(0.4, 1.4) + 0.4 * radius * rng.random()
+                side = np.cross(away / gap, rng.normal(0, 1, 3))
+                spot = subject.t + rng.uniform(0.06, 0.35) * away + side / np.linalg.norm(side) * reach
+                spot[2] = max(spot[2], 0.3 * radius)
+                item = Placed(index, -1, R, spot, radius, hides=True)
+            else:
+                item = self._resting(rng, index, -1)
+                turn = about_z(rng.normal(0, np.deg2rad(30)))[:2, :2]
+                step = (subject.radius + item.radius) * rng.uniform(0.8, 1.5)
+                item.t[:2] += subject.t[:2] + turn @ away[:2] * (step / flat)
+                item.hides = True
+            if np.linalg.norm(eye - item.t) > self.mesh(index).diameter / 2 + 0.15:
+                found.append(item)
+        return found
 
     def _free(self, rng: np.random.Generator, wanted: NDArray[np.intp], K: Floats) -> list[Placed]:
         """Objects in the air, in camera coordinates, with others between them and the camera."""
@@ -182,22 +238,22 @@ class SceneSampler:
         placed: list[Placed] = []
         K_inverse = np.linalg.inv(K)
 
-        def put(index: int, target: int, pixel: Floats, depth: float) -> bool:
-            R = Rotation.random(rng=rng).as_matrix()
+        def put(index: int, target: int, pixel: Floats, depth: float, hides: bool = False) -> bool:
+            R = any_turn(rng)
             if target < 0:
                 R = R * rng.uniform(*c.clutter_scale)
             radius = self.mesh(index).diameter / 2
             centre = K_inverse @ np.array([*pixel, 1.0]) * max(depth, radius + c.near + 0.05)
             clear = all(np.linalg.norm(centre - o.t) > 0.45 * (radius + o.radius) for o in placed)
             if clear:
-                placed.append(Placed(index, target, R, centre, radius))
+                placed.append(Placed(index, target, R, centre, radius, hides=hides))
             return clear
 
         size = np.array([c.width, c.height])
         focus, gather = rng.uniform(0.25, 0.75, 2) * size, rng.random() < 0.5
         for k in wanted:
             for _ in range(12):
-                pixel = rng.normal(focus, 0.16 * size) if gather else rng.uniform(-0.03, 1.03, 2) * size
+                pixel = rng.normal(focus, 0.16 * size) if gather else rng.uniform(0.03, 0.97, 2) * size
                 if put(int(k), int(k), pixel, np.exp(rng.uniform(*np.log(c.distance)))):
                     break
         if self.clutter:
@@ -207,7 +263,7 @@ class SceneSampler:
                 projected = K @ subject.t
                 reach = K[0, 0] * subject.radius / subject.t[2]
                 pixel = projected[:2] / projected[2] + rng.uniform(-0.9, 0.9, 2) * reach
-                put(self._choose_clutter(rng), -1, pixel, subject.t[2] * rng.uniform(0.55, 0.95))
+                put(self._choose_clutter(rng), -1, pixel, subject.t[2] * rng.uniform(0.55, 0.95), True)
             for _ in range(int(rng.integers(c.clutter[0], c.clutter[1] + 1))):
                 put(
                     self._choose_clutter(rng),
@@ -216,6 +272,34 @@ class SceneSampler:
                     np.exp(rng.uniform(np.log(0.5), np.log(2.0))),
                 )
         return placed
+
+    def _paints(self, rng: np.random.Generator, placed: list[Placed]) -> list[Paint]:
+        """Colours of all items; clutter often takes that of a target beside it, in the image, or known."""
+        c = self.config
+        subjects = [item for item in placed if item.target >= 0]
+        own = [draw_colour(rng, known=True, mean=self.mesh(item.mesh).mean_color) for item in subjects]
+        shown = [p.of(self.mesh(item.mesh).mean_color) for p, item in zip(own, subjects, strict=True)]
+        spots = np.array([item.t for item in subjects]).reshape(-1, 3)
+        reach = np.array([item.radius for item in subjects])
+        known, paints = iter(own), []
+        for item in placed:
+            if item.target >= 0:
+                paints.append(next(known))
+                continue
+            gaps = np.linalg.norm(spots - item.t, axis=1)
+            near = item.hides or bool((gaps < 1.25 * (reach + item.radius)).any())
+            aim = None
+            if rng.random() < (c.lookalike_near_probability if near else c.lookalike_probability):
+                choice = rng.random()
+                if choice < 0.4 and shown:
+                    aim = shown[int(gaps.argmin())]
+                elif choice < 0.7 and shown:
+                    aim = shown[int(rng.integers(len(shown)))]
+                else:
+                    any_known = self.targets[int(rng.integers(len(self.targets)))].mean_color
+                    aim = draw_colour(rng, known=True, mean=any_known).of(any_known)
+            paints.append(draw_colour(rng, known=False, mean=self.mesh(item.mesh).mean_color, aim=aim))
+        return paints
 
     def _assemble(
         self,
@@ -233,29 +317,30 @@ class SceneSampler:
             "T_CO": np.tile(np.eye(4), (c.max_targets, 1, 1)),
             "boxes": np.zeros((c.max_targets, 4)),
         }
+        paints = self._paints(rng, placed)
         draws: list[Draw] = []
         slot, other = 0, c.max_targets
-        for item in placed:
+        for item, paint in zip(placed, paints, strict=True):
             mesh = self.mesh(item.mesh)
             R, t = R_CW @ item.R, R_CW @ item.t + t_CW
-            points = mesh.hull @ R.T + t
-            if points[:, 2].max() < c.near:
-                continue
             if item.target >= 0:
-                if slot == c.max_targets or points[:, 2].min() < c.near:
+                points = R @ mesh.hull_rows + t[:, None]
+                if slot == c.max_targets or points[2].min() < c.near:
                     continue  # the silhouette of something that reaches behind the lens has no box
-                pixels = (points @ K.T)[:, :2] / points[:, 2:]
+                pixels = (K @ points)[:2] / points[2]
                 fields["labels"][slot] = item.target
                 fields["T_CO"][slot, :3, :3] = R
                 fields["T_CO"][slot, :3, 3] = t - R @ mesh.centre
-                fields["boxes"][slot] = [*pixels.min(axis=0), *pixels.max(axis=0)]
+                fields["boxes"][slot] = [*pixels.min(axis=1), *pixels.max(axis=1)]
                 slot += 1
                 material = slot
             else:
+                if t[2] + mesh.diameter * np.linalg.norm(R[:, 0]) / 2 < c.near:
+                    continue
                 other += 1
                 material = other
-            matrix, gamma, grain = draw_colour(rng, known=item.target >= 0)
-            draws.append(Draw(item.mesh, np.column_stack([R, t]), material, matrix, gamma, grain))
+            T_CM = np.column_stack([R, t])
+            draws.append(Draw(item.mesh, T_CM, material, paint.matrix, paint.gamma, paint.grain))
         up = R_CW[:, 2]
         fields["table"] = np.array(float(table))
         fields["plane"] = np.array([*up, up @ t_CW])

@@ -188,7 +188,7 @@ def image_seed(seed: int, number: int, image: int) -> tuple[int, ...]:
 
 
 class _Feed:
-    """A thread that moves batches to the device and draws them there, ahead of use, on a stream of its own."""
+    """A thread that moves batches to the device and draws them there, ahead of use, on its own stream."""
 
     def __init__(self, stream: SceneStream, first: int) -> None:
         self._device, self._draw = stream.device, stream.draw

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -83,12 +84,13 @@ def check_file(
     described: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[Line]:
     """Every array of one file. `read` tells inputs, which are not compared; `may_lack` what the file need not
-    hold; `described` what it must hold statistics of."""
+    hold; `described` what it must hold statistics of where it holds a part."""
     values = {name: tensor.detach().cpu().numpy() for name, tensor in ours.items()}
     for name, full in list(values.items()):
         strides = slices.get(name)
         values[name] = full if strides is None else full[tuple(slice(None, None, s) for s in strides)]
-        if f"stat.{name}" in stored or described(name):
+        # An array that is stored whole needs no description.
+        if f"stat.{name}" in stored or (strides is not None and described(name)):
             values[f"stat.{name}"] = statistics(full)
     for name in [*stored, *(name for name in values if name not in stored)]:
         if name not in stored:
@@ -190,9 +192,12 @@ def _read_spec(folder: Path) -> inputs.Spec:
     path = folder / "spec.json"
     if not path.is_file():
         raise FixtureError(f"{folder}: no spec.json; the folder of a parity fixture expected")
-    spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if spec.get("format") != FORMAT:
-        raise FixtureError(f"{path}: format {spec.get('format')!r} given, {FORMAT!r} expected")
+    try:
+        spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FixtureError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(spec, dict) or spec.get("format") != FORMAT:
+        raise FixtureError(f"{path}: a specification of format {FORMAT!r} expected, {spec!r:.60} given")
     return spec
 
 
@@ -200,8 +205,11 @@ def _read_arrays(folder: Path, name: str) -> Arrays:
     path = folder / f"{name}.npz"
     if not path.is_file():
         raise FixtureError(f"{path}: missing")
-    with np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (ValueError, OSError, BadZipFile) as error:
+        raise FixtureError(f"{path}: cannot be read ({error})") from None
 
 
 class _Stored(dict[str, Tensor]):
@@ -231,8 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             worst = max(worst, line, key=lambda one: one.difference)
             fault = f"   FAULT: {line.fault}" if line.fault else ""
             sys.stdout.write(f"{line.difference:10.3e}  {line.name}{fault}\n")
-    except FixtureError as error:
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit together, an unreadable file
         sys.stdout.write(f"FAULT: {error}\n")
+        return 1
+    except KeyError as error:
+        sys.stdout.write(f"FAULT: {options.folder}: {error.args[0]!r} is missing\n")
         return 1
     sys.stdout.write(
         f"{count} arrays compared, largest difference {worst.difference:.3e} in {worst.name}\n"

@@ -90,7 +90,7 @@ def weights_of(spec: Spec) -> PaperWeights:
         match=MatchCosts(label=matcher["cost_class"], l1=matcher["cost_bbox"], giou=matcher["cost_giou"]),
         focal_alpha=given["focal_alpha"],
         focal_gamma=given["focal_gamma"],
-        meshes=tuple(given["model_class_weights"]),
+        meshes=tuple(given.get("model_class_weights") or ()),
     )
 
 

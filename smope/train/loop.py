@@ -102,13 +102,27 @@ class Loop:
         self.ema = Ema(self.model, optim.ema_decay)
         self.optimiser = GuardedAdamW(self.model, optim)
         for name in run.compile:
-            self.model.get_submodule(name).compile()
+            self._compile(name)
         self.step_module = self._wrap(_Step(self.model, task, run.precision == "bf16", ranks.device))
         self.state = LoopState()
         self.record: dict[str, Any] = {"about": self.about, "pieces": []}
         self.scores: dict[str, float] = {}
         self._resumed = False
         torch.manual_seed(run.seed + ranks.rank)
+
+    def _compile(self, name: str) -> None:
+        """A submodule of the model or, as task.<name>, a function of the task or of what it holds.
+
+        Submodules of one class share a graph, so their layers are compiled once.
+        """
+        if not name.startswith("task."):
+            self.model.get_submodule(name).compile()
+            return
+        *holders, leaf = name.split(".")[1:]
+        owner: Any = self.task
+        for holder in holders:
+            owner = getattr(owner, holder)
+        setattr(owner, leaf, torch.compile(getattr(owner, leaf)))
 
     def _wrap(self, module: _Step) -> nn.Module:
         if self.ranks.world == 1:

@@ -48,7 +48,7 @@ class HungarianMatcher:
         arrived.record()
 
         def finish() -> Tensor:
-            arrived.synchronize()
+            arrival(arrived)
             match = assign(pinned).pin_memory().to(table.device, non_blocking=True)
             return match.masked_fill(empty, -1)
 
@@ -71,6 +71,11 @@ class HungarianMatcher:
         # An empty slot costs the same everywhere, so it changes no other slot's match.
         empty = (targets.labels < 0)[None, :, None, :]
         return cost.float().masked_fill(empty, 0.0).nan_to_num(1e4, 1e4, 1e4)
+
+
+def arrival(event: torch.cuda.Event) -> None:
+    """Wait for the costs."""
+    event.synchronize()
 
 
 def assign(table: Tensor) -> Tensor:

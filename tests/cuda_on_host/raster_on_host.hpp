@@ -13,7 +13,7 @@
 struct dim3 {
     unsigned x;
 };
-inline dim3 threadIdx, blockIdx, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, gridDim;  // several threads may draw at once
 using cudaStream_t = void*;
 using cudaError_t = int;
 
