@@ -155,9 +155,14 @@ def test_on_a_gpu_workers_give_what_none_give(assets: SceneAssets) -> None:
         SceneStream((), rasteriser="cuda", **options) as alone,  # type: ignore[arg-type]
         SceneStream((), rasteriser="cuda", workers=2, **options) as pooled,  # type: ignore[arg-type]
     ):
-        for number, batch in zip(range(8), pooled.batches(0), strict=False):
-            here = alone.batch(number)
-            assert batch.images.device == device
-            for name in ("labels", "instance", "full_masks", "boxes_xyxy"):
-                assert torch.equal(getattr(batch, name), getattr(here, name)), (number, name)
-            torch.testing.assert_close(batch.images, here.images, rtol=0, atol=1e-2)
+        feed = stream._Feed(pooled, 0)
+        try:
+            for number in range(8):
+                given, arrays = feed.get()
+                assert given == number
+                for name, expected in alone.rasterise(number).items():
+                    assert arrays[name].device == device
+                    assert torch.equal(arrays[name], expected), (number, name)
+                assert (arrays["albedo"][..., 3] > 0).any()
+        finally:
+            feed.close()

@@ -217,3 +217,16 @@ def test_the_same_seed_gives_the_same_scene(assets: SceneAssets) -> None:
     for a, b in zip(one.draws, two.draws, strict=True):
         np.testing.assert_array_equal(a.T_CM, b.T_CM)
         np.testing.assert_array_equal(a.colour, b.colour)
+
+
+def test_no_clutter_holds_the_lens_on_a_table(assets: SceneAssets) -> None:
+    alone = SceneAssets(assets.targets, assets.clutter[:1], (), assets.environments)  # a ball of 5 cm
+    changes = {"table_probability": 1.0, "table_occluder_probability": 0.0, "far_scale": (6.0, 8.0)}
+    balls = 0
+    for scene in scenes(alone, 80, **changes):
+        for draw in scene.draws:
+            if draw.mesh == len(alone.targets):
+                radius = 0.05 * np.cbrt(np.linalg.det(draw.T_CM[:, :3]))
+                assert np.linalg.norm(draw.T_CM[:, 3]) > radius + 0.1
+                balls += radius > 0.3
+    assert balls > 40

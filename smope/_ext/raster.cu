@@ -147,6 +147,7 @@ extern "C" int smope_raster(const void* description, int64_t size, int device, v
     auto* const queue = static_cast<cudaStream_t>(stream);
     int error = static_cast<int>(cudaSetDevice(device));
     if (error != 0) return error;
+    cudaGetLastError();  // what another call of this thread left there is not ours to report
     error = static_cast<int>(cudaMemsetAsync(batch.nearest, 0xff, 8 * pixels, queue));
     if (error != 0) return error;
     error = static_cast<int>(cudaMemsetAsync(batch.queued, 0, sizeof(unsigned long long), queue));

@@ -70,6 +70,7 @@ class SceneSampler:
         if table:
             placed = self._heap(rng, wanted)
             R_CW, t_CW = self._camera(rng, placed)
+            placed = self._out_of_the_way(placed, -R_CW.T @ t_CW)
             placed += self._occluders(rng, placed, -R_CW.T @ t_CW)
         else:
             placed = self._free(rng, wanted, K)
@@ -197,6 +198,22 @@ class SceneSampler:
         roll = rng.uniform(-180, 180) if rng.random() < c.any_roll_probability else rng.normal(0, c.roll)
         R_CW = about_z(np.deg2rad(roll)) @ upright
         return R_CW, -R_CW @ eye
+
+    def _out_of_the_way(self, placed: list[Placed], eye: Floats) -> list[Placed]:
+        """Without the clutter that holds the lens or, large, stands between it and the heap: such an image
+        shows one flat colour and teaches nothing."""
+        kept = []
+        for item in placed:
+            radius = self.mesh(item.mesh).diameter / 2 * float(np.cbrt(np.linalg.det(item.R)))
+            share = float(
+                np.clip(1 - (item.t @ eye) / (eye @ eye), 0.0, 1.0)
+            )  # from the eye to the heap's middle
+            aside = float(np.linalg.norm(eye * (1 - share) - item.t))
+            holds = np.linalg.norm(eye - item.t) < radius + 0.15
+            blocks = radius > 0.15 and share < 0.8 and aside < 0.7 * radius
+            if item.target >= 0 or not (holds or blocks):
+                kept.append(item)
+        return kept
 
     def _occluders(self, rng: np.random.Generator, placed: list[Placed], eye: Floats) -> list[Placed]:
         """Things between the camera and targets on the table: standing there, or held in from the air."""
