@@ -6,6 +6,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,17 @@ from test_paper_checkpoints import NAMES, Hostile, layout, made_up
 from test_paper_deformable_detr import published, reference
 
 from smope import SMOPE, Poses, cli
+from smope.architectures import build_network
 from smope.checkpoints_authors import AuthorsCheckpoint, CheckpointError, read_checkpoint
 from smope.config import ConfigError, ModelConfig
 from smope.data.records import Annotation, Record
-from smope.networks.smope_paper import normalise
+from smope.networks.smope_paper import SmopePaperConfig, normalise
 from smope.paper_surfaces import raw_surfaces
 from smope.train import fit
 from smope.train.choice import make_objective, network_config, paper_weights
 from smope.train.curves import read_rows
 from smope.train.recipe import OptimConfig, Recipe, RunConfig
+from smope.train.start import begin
 
 __all__ = ["layout"]  # a fixture
 
@@ -298,6 +301,36 @@ def test_the_authors_checkpoint_says_how_large_the_network_is(
     plan = Recipe(architecture="smope-paper", network={"dropout": 0.0})
     plain = {"depth_shift": 0.0, "box_shift": 0.0, "listed_vertices": False, "dropout": 0.0}
     assert network_config(plan, authors_file) == replace(checkpoint.config, **plain)
+
+
+def test_the_authors_weights_start_a_training(authors_file: Path, checkpoint: AuthorsCheckpoint) -> None:
+    config = network_config(Recipe(architecture="smope-paper"), authors_file)
+    network = build_network(config)
+    begin(started(network), authors_file, None, resume=False, continue_schedule=False)
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(tensor, checkpoint.state[key])
+
+
+def started(network: torch.nn.Module) -> Any:
+    """What `begin` needs of a loop."""
+    return SimpleNamespace(
+        model=network, start_from=lambda weights, spent=None: network.load_state_dict(weights)
+    )
+
+
+def test_a_backbone_under_torchvisions_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thin_backbone(monkeypatch)
+    network = build_network(SmopePaperConfig(**TINY_PAPER))
+    shapes = {key: tensor.shape for key, tensor in network.detector.backbone.state_dict().items()}
+    state = {key: torch.randn(shape) for key, shape in shapes.items()}
+    rest = {"fc.weight": torch.zeros(10, 128), "bn1.num_batches_tracked": torch.zeros((), dtype=torch.int64)}
+    torch.save({**state, **rest}, tmp_path / "resnet.pth")
+    begin(started(network), None, tmp_path / "resnet.pth", resume=False, continue_schedule=False)
+    for key, tensor in network.detector.backbone.state_dict().items():
+        assert torch.equal(tensor, state[key])
+    torch.save(rest, tmp_path / "none.pth")
+    with pytest.raises(ConfigError, match=r"none\.pth: not a ResNet-50 under torchvision's names"):
+        begin(started(network), None, tmp_path / "none.pth", resume=False, continue_schedule=False)
 
 
 def test_what_does_not_go_together(meshes: dict[str, trimesh.Trimesh]) -> None:

@@ -11,6 +11,7 @@ development kit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,13 @@ class KittiDataset:
             object_id=CLASS_IDS.get(name),
             extra={"label": label},
         )
+
+
+def type_of(name: str) -> str:
+    """KITTI's own word for an object that is named after it or after its mesh file, such as "car_001"; other
+    names as they are."""
+    known = {type.lower(): type for type in TYPES}
+    return known.get(re.sub(r"(_\d+)?(\.\w+)?$", "", name.lower()), name)
 
 
 def importer_name(label: KittiLabel) -> str | None:

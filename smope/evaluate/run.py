@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,15 @@ import numpy as np
 import torch
 
 from smope.data.bop import Estimate
-from smope.data.kitti import CLASS_IDS, KittiDataset, KittiLabel, label_of_pose, read_labels, write_labels
+from smope.data.kitti import (
+    CLASS_IDS,
+    KittiDataset,
+    KittiLabel,
+    label_of_pose,
+    read_labels,
+    type_of,
+    write_labels,
+)
 from smope.data.records import Record, from_poses
 from smope.evaluate import report
 from smope.evaluate.bop import Pairing, pair_targets
@@ -146,7 +155,8 @@ def _kitti_labels(poses: Poses, record: Record, dataset: KittiDataset) -> list[K
     labels = []
     for annotation in from_poses(poses):
         extents = poses.objects[annotation.name].extents.tolist()
-        labels.append(label_of_pose(annotation, extents, dataset.P2[record.key], record.size))
+        named = replace(annotation, name=type_of(annotation.name))
+        labels.append(label_of_pose(named, extents, dataset.P2[record.key], record.size))
     return labels
 
 

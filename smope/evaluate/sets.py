@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,13 @@ class PoseSet:
     geometry: Callable[[int], ObjectGeometry]
     read_results: Callable[[Path], list[Estimate]]
     write_results: Writer
+    mesh_files: Mapping[int, str] = field(default_factory=dict)  # by object id; a model may call them so
 
     @property
     def ids(self) -> dict[str, int]:
         """Object ids by every name that a model may give them."""
         ids = {f"obj_{obj_id:06d}": obj_id for obj_id in self.names}
+        ids |= {PureWindowsPath(file).stem: obj_id for obj_id, file in self.mesh_files.items()}
         if set(self.names) <= set(LINEMOD_NAMES):
             ids |= {LINEMOD_NAMES[obj_id]: obj_id for obj_id in self.names}
         # Of two objects of one name (KITTI-3D's pedestrians) the first.
@@ -47,15 +49,7 @@ class PoseSet:
         """With the first images only."""
         keys = list(self.records)[:count]
         targets = [t for t in self.targets if (t.scene_id, t.im_id) in set(keys)]
-        return PoseSet(
-            self.root,
-            {key: self.records[key] for key in keys},
-            targets,
-            self.names,
-            self.geometry,
-            self.read_results,
-            self.write_results,
-        )
+        return replace(self, records={key: self.records[key] for key in keys}, targets=targets)
 
 
 def load_pose_set(root: Path, format: str, split: str | None = None) -> PoseSet:
@@ -159,7 +153,7 @@ def _labelimg3d(root: Path, split: str | None) -> PoseSet:
             document = make_document(image_file, record.size, annotations, models, meshes)
             write_document(out / "annotations" / f"{record.key}.json", document)
 
-    return PoseSet(root, records, _all_annotated(records), names, geometry, read, write)
+    return PoseSet(root, records, _all_annotated(records), names, geometry, read, write, files)
 
 
 def _write_csv(out: Path, model: str, estimates: Iterable[Estimate]) -> None:
