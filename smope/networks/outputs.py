@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,12 +59,7 @@ class PoseEstimate:
         )
 
     def detach(self) -> PoseEstimate:
-        return replace(
-            self,
-            rotation=self.rotation.detach(),
-            translation=self.translation.detach(),
-            centre=self.centre.detach(),
-        )
+        return PoseEstimate(self.rotation.detach(), self.translation.detach(), self.centre.detach())
 
 
 @dataclass(frozen=True, eq=False)
