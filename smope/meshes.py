@@ -107,11 +107,11 @@ def _read(source: Any, name: str) -> list[trimesh.Trimesh]:
         if not path.is_file():
             raise MeshError(f"{name}: no file {str(path)!r}")
         try:
-            source = trimesh.load_scene(path, process=False)
+            return _surfaces(trimesh.load_scene(path, process=False))
         except Exception as error:  # trimesh's readers raise whatever their parsers raise
             raise MeshError(f"{name}: {str(path)!r} cannot be read as a mesh: {error}") from error
     if isinstance(source, trimesh.Scene):
-        return [part for part in source.dump() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
+        return _surfaces(source)
     if isinstance(source, trimesh.Trimesh):
         return [source.copy()] if len(source.faces) else []
     if hasattr(source, "verts_list") and hasattr(source, "faces_list"):  # PyTorch3D Meshes, not imported
@@ -124,6 +124,10 @@ def _read(source: Any, name: str) -> list[trimesh.Trimesh]:
         f"{name}: {type(source).__name__} given; a path, a trimesh mesh or scene, (vertices, faces) "
         "or a PyTorch3D Meshes expected"
     )
+
+
+def _surfaces(scene: trimesh.Scene) -> list[trimesh.Trimesh]:
+    return [part for part in scene.dump() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
 
 
 def _from_arrays(vertices: Any, faces: Any, name: str) -> trimesh.Trimesh:

@@ -21,6 +21,7 @@ from smope.data.records import Record
 
 SCENE = "bop/test/000005"
 LINEMOD = "Linemod_preprocessed"
+INFO, CLASSES = f"{LINEMOD}/models/models_info.yml", "streets/models/models.json"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.write_text(json.dumps(json.loads(file.read_text()), indent=1))
     (root / "bop/models_eval/names.json").write_text('{"1": "brick", "4": "post"}')
     classes = {f"{name.lower()}_001.obj": {"class_name": name, "class_index": 1} for name in EXTENTS}
-    (root / "streets/models/models.json").write_text(json.dumps(classes))
+    (root / CLASSES).write_text(json.dumps(classes))
     return root
 
 
@@ -94,7 +95,7 @@ FAULTS = [
     ("linemod", NAN, edited(GT_YML, r"cam_t_m2c: \[[-\d.]+", "cam_t_m2c: [.nan"), "gt.yml", True, 1, 0, 1),
     ("labelimg3d", IMAGE, removed("streets/images/s1/000008.png"), "000008.*", False, 1, 1, 1),
     ("labelimg3d", LINE, edited(ANNOTATION, r'"num": 2,', '"num": 2'), "000003.json", True, 1, 1, 2),
-    ("labelimg3d", CLASS, edited("streets/models/models.json", "van", "bus"), "000003.json", True, 2, 0, 2),
+    ("labelimg3d", CLASS, edited(CLASSES, "van", "bus"), "000003.json", True, 2, 0, 2),
     ("labelimg3d", MESH, removed("streets/models/van_001.obj"), "000003.json", True, 2, 0, 2),
     ("labelimg3d", NAN, edited(ANNOTATION, r'(x": \[\s*)[-\d.e]+', r"\1NaN"), "000003.json", True, 1, 0, 1),
     ("kitti", IMAGE, removed("kitti/training/image_2/000008.png"), "000008.*", False, 1, 1, 1),
@@ -142,3 +143,20 @@ def test_a_missing_folder_is_named_even_where_not_strict(root: Path, form: str, 
     for strict in (True, False):
         with pytest.raises(DataError, match=rf"{Path(folder).name}.*: (folder is missing|no scene folder)"):
             read(form, root, strict)
+
+
+@pytest.mark.parametrize(
+    ("form", "spoil", "message"),
+    [
+        ("linemod", written(INFO, "1: {diameter: .nan}\n4: {}\n"), "line 1, at 1 / diameter: a finite"),
+        ("linemod", written(INFO, "1: {}\n4: 90\n"), "line 2, at 4: a mapping expected"),
+        ("labelimg3d", written(CLASSES, '{"car_001.obj": 3}'), "line 1, at car_001.obj: an object with key"),
+        ("labelimg3d", edited(CLASSES, '_index": 1', '_index": null'), "class_index: a whole number"),
+    ],
+)
+def test_a_list_of_meshes_that_says_nothing_is_named(
+    root: Path, form: str, spoil: Callable[[Path], None], message: str
+) -> None:
+    spoil(root)
+    with pytest.raises(DataError, match=rf"models(_info\.yml|\.json), .*{message}"):
+        read(form, root, strict=True)

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import trimesh
-from PIL import Image
+from made_up_forms import P2, SIZE, K, pose, vehicle, write_annotations, write_kitti, write_labelimg3d
 from test_data_linemod import write_tree
 
 from smope.camera import Camera
-from smope.data import labelimg3d
 from smope.data.bop import BopDataset, Estimate, write_bop_csv
-from smope.data.kitti import KittiDataset, label_of_pose, pose_of_label, projected_box, write_labels
+from smope.data.kitti import KittiDataset, label_of_pose, projected_box, write_labels
 from smope.data.labelimg3d import LabelImg3DScene
 from smope.data.linemod import LinemodSequence
 from smope.data.readers import read_records
@@ -26,11 +24,7 @@ from smope.evaluate.run import evaluate_dataset
 from smope.objects import ObjectModel
 from smope.poses import Poses
 
-SIZE = (320, 120)
-K = labelimg3d.intrinsics(SIZE)
-CAR = trimesh.creation.box(
-    [2.0, 4.0, 1.5], transform=trimesh.transformations.translation_matrix([0, 0, 0.75])
-)
+CAR = vehicle("Car")
 DIAMETER = float(np.linalg.norm([2.0, 4.0, 1.5]))
 ONES = ("AR", "AR_MSSD", "AR_MSPD", "ADD", "ADD(-S)", "projection_5px", "5cm5deg", "found")
 
@@ -87,38 +81,15 @@ def test_known_objects(tmp_path: Path, format: str) -> None:
     )
 
 
-def _street_pose(x: float, z: float, turn: float) -> np.ndarray:
-    label = _label(x, z, turn)
-    return pose_of_label(label, np.hstack([K, np.zeros((3, 1))]))
-
-
-def _label(x: float, z: float, turn: float) -> Any:
-    from smope.data.kitti import KittiLabel
-
-    return KittiLabel(
-        "Car", 0.0, 0, turn - np.arctan2(x, z), (0, 0, 1, 1), (1.5, 2.0, 4.0), (x, 1.5, z), turn
-    )
-
-
 PLACES = {3: [(-2.0, 12.0, 0.3), (3.0, 9.0, -1.2)], 8: [(0.0, 8.0, 1.5)]}
 
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Path:
-    root = tmp_path / "streets"
-    for folder in ("images/s1", "models"):
-        (root / folder).mkdir(parents=True)
-    CAR.export(root / "models/car_001.obj")
-    for number, places in PLACES.items():
-        Image.new("RGB", SIZE).save(root / f"images/s1/{number:06d}.png")
-        _write_annotations(root, number, [Annotation("Car", _street_pose(*place)) for place in places])
-    return root
-
-
-def _write_annotations(root: Path, number: int, annotations: list[Annotation]) -> None:
-    models, meshes = {"Car": ("models\\car_001.obj", 2)}, {"Car": CAR}
-    document = labelimg3d.make_document(f"images\\s1\\{number:06d}.png", SIZE, annotations, models, meshes)
-    labelimg3d.write_document(root / f"annotations/s1/{number:06d}.json", document)
+    cars = {
+        number: [Annotation("Car", pose(*place)) for place in places] for number, places in PLACES.items()
+    }
+    return write_labelimg3d(tmp_path / "streets", cars)
 
 
 def test_labelimg3d_predictions_in_its_own_form(scene: Path, tmp_path: Path) -> None:
@@ -128,12 +99,12 @@ def test_labelimg3d_predictions_in_its_own_form(scene: Path, tmp_path: Path) -> 
     # 0.8 m further away: 0.170 of the diameter, 7 of ten thresholds. A scale of 1.2 in height raises the
     # roof by 0.3 m: 0.064 of it, 9 of ten.
     for number, places in PLACES.items():
-        far = [_street_pose(*place) for place in places]
+        far = [pose(*place) for place in places]
         for T in far:
             T[2, 3] += 0.8
-        _write_annotations(tmp_path / "far", number, [Annotation("Car", T) for T in far])
-        tall = [Annotation("Car", _street_pose(*place), scale=np.array([1, 1, 1.2])) for place in places]
-        _write_annotations(tmp_path / "tall", number, tall)
+        write_annotations(tmp_path / "far", number, [Annotation("Car", T) for T in far])
+        tall = [Annotation("Car", pose(*place), scale=np.array([1, 1, 1.2])) for place in places]
+        write_annotations(tmp_path / "tall", number, tall)
     assert pytest.approx(0.170, abs=5e-4) == 0.8 / DIAMETER
     far_scores = evaluate_dataset(scene, "labelimg3d", csv=tmp_path / "far")["all"]
     assert far_scores["AR_MSSD"] == pytest.approx(0.7)
@@ -157,7 +128,7 @@ class StreetOracle:
         return [self._poses(PLACES[int(path.stem)], k) for path, k in zip(images, K, strict=True)]
 
     def _poses(self, places: list[tuple[float, float, float]], K: Any) -> Poses:
-        T = np.stack([pose_of_label(_label(*place), self.P2) for place in places])
+        T = np.stack([pose(*place, self.P2) for place in places])
         n = len(places)
         boxes = [projected_box(one, (2.0, 4.0, 1.5), np.asarray(K)) for one in T]
         return Poses(
@@ -194,21 +165,8 @@ def test_a_model_on_labelimg3d_writes_what_the_tool_opens(scene: Path, tmp_path:
 @pytest.fixture
 def kitti_root(tmp_path: Path) -> Path:
     """The same cars as KITTI labels, seen by a camera 6 cm beside camera 0."""
-    root = tmp_path / "kitti"
-    P2 = np.hstack([K, (K @ [0.06, 0, 0.003])[:, None]])
-    for folder in ("training/image_2", "training/label_2", "training/calib"):
-        (root / folder).mkdir(parents=True)
-    for number, places in PLACES.items():
-        name = f"{number:06d}"
-        Image.new("RGB", SIZE).save(root / f"training/image_2/{name}.png")
-        (root / f"training/calib/{name}.txt").write_text("P2: " + " ".join(map(str, P2.reshape(-1))))
-        labels = []
-        for place in places:
-            found = Annotation("Car", pose_of_label(_label(*place), P2))
-            label = label_of_pose(found, (2.0, 4.0, 1.5), P2, SIZE)
-            labels.append(replace(label, truncated=0.0, occluded=0, score=None))
-        write_labels(root / f"training/label_2/{name}.txt", labels)
-    return root
+    cars = {n: [Annotation("Car", pose(*place, P2)) for place in places] for n, places in PLACES.items()}
+    return write_kitti(tmp_path / "kitti", cars)
 
 
 def _results(root: Path, folder: Path, move: tuple[float, float, float] = (0, 0, 0)) -> Path:

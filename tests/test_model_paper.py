@@ -23,6 +23,7 @@ from smope import SMOPE, Poses, cli
 from smope.architectures import build_network
 from smope.checkpoints_authors import AuthorsCheckpoint, CheckpointError, read_checkpoint
 from smope.config import ConfigError, ModelConfig
+from smope.data.bop import LINEMOD_NAMES
 from smope.data.records import Annotation, Record
 from smope.networks.smope_paper import SmopePaperConfig, normalise
 from smope.paper_surfaces import raw_surfaces
@@ -177,6 +178,36 @@ def test_the_same_meshes_registered_anew_change_nothing(
         model.register_meshes(["car", "van"])
     assert "every pose is another" in caplog.text
     model.register_meshes(list(model.trained))
+
+
+def test_a_linemod_checkpoint_takes_nine_meshes_in_millimetres(authors_file: Path, tmp_path: Path) -> None:
+    content = torch.load(authors_file, weights_only=False)
+    names = [LINEMOD_NAMES[i] for i in (1, 2, 5, 6, 8, 9, 10, 11, 12)]
+    for name, value in {
+        "dataset_name": "Linemod_preprocessed",
+        "model_name": [f"{name}.obj" for name in names],
+        "model_class_num": 9,
+    }.items():
+        setattr(content["args"], name, value)
+    torch.save(content, tmp_path / "checkpoint.pth")
+    boxes = {name: trimesh.creation.box((40.0 + 5 * i, 60.0, 80.0)) for i, name in enumerate(names)}
+    model = SMOPE.from_pretrained(tmp_path / "checkpoint.pth", device="cpu", meshes=boxes, units="mm")
+    assert list(model.objects) == names
+    assert model.objects["ape"].diameter == pytest.approx(
+        0.001 * np.linalg.norm((40.0, 60.0, 80.0)), rel=1e-5
+    )
+    assert np.diag(model.config.K).tolist() == pytest.approx([572.4114, 573.57043, 1])
+    found = model.predict(np.full((480, 640, 3), 90, np.uint8), threshold=0.0, top_k=4)
+    assert len(found)
+    assert set(found.names) <= set(names)
+    # Nothing is to be put right here: z is what the network says.
+    network = read_checkpoint(tmp_path / "checkpoint.pth").network()
+    with torch.no_grad():
+        images = normalise(torch.full((1, 3, 480, 640), 90 / 255))
+        padding = torch.zeros(1, 480, 640, dtype=torch.bool)
+        raw = network.find(images, padding, model._tokens.features, top_k=4)  # type: ignore[union-attr]
+    seen = raw.translation[0, :, 2].tolist()
+    assert all(min(abs(z - s) for s in seen) < 1e-4 for z in found.T_CO[:, 2, 3].tolist())
 
 
 def test_what_a_checkpoint_lacks_is_asked_for(authors_file: Path, mesh_folder: Path) -> None:

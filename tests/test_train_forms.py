@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_up_forms import meshes_of, write_all
+from made_up_forms import meshes_of, pose, write_all, write_labelimg3d
 from PIL import Image
 from small_model import TINY, thin_backbone
 
 from smope import SMOPE
 from smope.config import ConfigError
 from smope.data.readers import read_records
-from smope.data.records import to_batch
+from smope.data.records import Annotation, to_batch
 from smope.objects import ObjectModel
 from smope.train import fit
 from smope.train.curves import read_rows
@@ -117,3 +118,19 @@ def test_frames_of_several_sizes_are_filled_up(roots: dict[str, Path], tmp_path:
     first = next(iter(source.stream(0)))
     assert first.images.shape == (2, 3, 128, 320)
     assert {tuple(batch.images.shape[-2:]) for batch in source.held_out} == {(128, 320)}
+
+
+def test_a_training_whose_images_cannot_be_scored_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Streets are full of cars: which detection is meant for which is not asked during training."""
+    thin_backbone(monkeypatch)
+    cars = [Annotation("Car", pose(-2.0, 12.0, 0.3)), Annotation("Car", pose(3.0, 9.0, -1.2))]
+    root = write_labelimg3d(tmp_path / "streets", dict.fromkeys((3, 8), cars))
+    meshes, units = meshes_of("labelimg3d")
+    recipe = Recipe(architecture="smope-paper", network=TINY["smope-paper"], run=replace(RUN, max_steps=1))
+    records = read_records(root, "labelimg3d")
+    folder = fit(meshes, units, dataset=records, out=tmp_path / "out", recipe=recipe, device="cpu")
+    assert list(SMOPE.from_pretrained(folder, device="cpu").objects) == ["Car", "Van"]
+    assert json.loads((tmp_path / "out/held_out_scores.json").read_text())["held_out"] == {}
+    assert "no scores: no held-out image" in caplog.text

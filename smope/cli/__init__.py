@@ -18,13 +18,14 @@ import smope
 from smope.cli.common import UsageError, clutter_files, load_objects, mesh_files, pose_table
 from smope.cli.convert import Convert
 from smope.cli.evaluate import Evaluate
+from smope.cli.export import Export
 from smope.cli.fit import Fit
 from smope.cli.installation import Build, Info
 from smope.cli.predict import Demo, Predict
 from smope.cli.scenes import Scenes
 
 __all__ = [
-    "Build", "Convert", "Demo", "Evaluate", "Fit", "Info", "Predict", "Scenes", "UsageError",
+    "Build", "Convert", "Demo", "Evaluate", "Export", "Fit", "Info", "Predict", "Scenes", "UsageError",
     "clutter_files", "load_objects", "main", "mesh_files", "pose_table", "user_message",
 ]  # fmt: skip
 
@@ -38,6 +39,7 @@ Command = (
     | Annotated[Scenes, subcommand("scenes")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Build, subcommand("build")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Info, subcommand("info")]
 )
 

@@ -83,7 +83,12 @@ class LabelImg3DScene:
     def classes(self) -> dict[str, dict[str, Any]]:
         """models.json by mesh file name: `class_name`, `class_index`, `size`; empty where there is none."""
         file = self.models_folder / "models.json"
-        return reading.read_json(file) if file.exists() else {}
+        classes: dict[str, dict[str, Any]] = reading.read_json(file) if file.exists() else {}
+        for name, entry in classes.items():
+            reading.get(entry, "class_name", file, (name,))
+            index = reading.get(entry, "class_index", file, (name,))
+            reading.integer(index, file, (name, "class_index"))
+        return classes
 
     def mesh_path(self, model_file: str) -> Path:
         return self.models_folder / PureWindowsPath(model_file).name

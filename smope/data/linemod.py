@@ -69,7 +69,13 @@ class LinemodSequence:
     def models_info(self) -> dict[int, dict[str, Any]]:
         """models_info.yml by object id (millimetres); keys may be ids, `obj_01`, or LineMod's names."""
         file = self.models_folder / "models_info.yml"
-        return {_object_id(key, file): entry for key, entry in reading.read_yaml(file).items()}
+        info = {_object_id(key, file): (key, entry) for key, entry in reading.read_yaml(file).items()}
+        for key, entry in info.values():
+            if not isinstance(entry, dict):
+                raise DataError(file, (key,), f"a mapping expected, {entry!r:.60} given")
+            if "diameter" in entry:
+                reading.number(entry["diameter"], file, (key, "diameter"))
+        return {obj_id: entry for obj_id, (_, entry) in info.items()}
 
     @cached_property
     def names(self) -> dict[int, str]:

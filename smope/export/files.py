@@ -1,0 +1,120 @@
+"""Writing the exported network, and beside it the meshes that it looks for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smope.atomic import atomic_path
+from smope.export.network import OUTPUTS, ExportError, PlainNetwork, mesh_tensors
+from smope.files import write_atomically
+from smope.geometry.solve import invert_intrinsics, solve_spd
+from smope.model import SMOPE
+from smope.networks import smope_s
+from smope.networks.smope_s import SmopeS
+
+Format = Literal["onnx", "pt2"]
+OPSET = 20  # GridSample came with 16, its names of modes as now with 20
+
+
+def export_model(
+    model: SMOPE, out: str | Path, format: Format, size: tuple[int, int] | None = None, top_k: int = 32
+) -> Path:
+    """Write the network to `out` and the registered meshes to NAME.meshes.npz, whose path it gives.
+
+    `size` (width, height) of the photos is by default that of the weights. Inputs are `images` uint8
+    [B, H, W, 3] RGB, `K` [B, 3, 3] in their pixels, and the arrays of the file of meshes, for which others of
+    the same number may stand in; outputs are those of `PlainNetwork`. B is free.
+    """
+    out = Path(out)
+    width, height = size or model.config.image_size
+    if width < 32 or height < 32:
+        raise ExportError(f"size {width}x{height} given, at least 32x32 expected")
+    if model.device.type != "cpu" or not isinstance(model.network, SmopeS):
+        raise ExportError(
+            'the default network (smope-s) on the CPU can be exported: load it with device="cpu"'
+        )
+    meshes = mesh_tensors(model)
+    network = PlainNetwork(model.network, top_k).eval()
+    # Two images: torch.export takes a 1 for a constant.
+    given = (
+        torch.zeros(2, height, width, 3, dtype=torch.uint8),
+        torch.tensor(model.config.K).expand(2, 3, 3).clone(),
+        *meshes.values(),
+    )
+    batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+    with torch.no_grad(), _written_out(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporters, about torch
+        program = torch.export.export(
+            network, given, dynamic_shapes=(batch, batch, tuple({} for _ in meshes)), strict=False
+        )
+        if format == "pt2":
+            with atomic_path(out) as temporary:
+                torch.export.save(program, temporary)
+        else:
+            _write_onnx(program, given, list(meshes), out)
+    beside = out.with_suffix(".meshes.npz")
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in meshes.items()}
+    arrays |= {"names": np.array(list(model.objects)), "size": np.array([width, height])}
+    with atomic_path(beside) as temporary:
+        np.savez(temporary, **arrays)
+    return beside
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, given: tuple[Tensor, ...], meshes: list[str], out: Path
+) -> None:
+    written = torch.onnx.export(
+        program,
+        given,
+        input_names=["images", "K", *meshes],
+        output_names=list(OUTPUTS),
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    assert written is not None
+    write_atomically(out, lambda temporary: written.save(temporary, external_data=False))
+
+
+@contextmanager
+def _written_out() -> Iterator[None]:
+    """While this lasts, what ONNX has no operator for, or not in five dimensions, is made of what it has."""
+
+    def inverse(K: Tensor) -> tuple[Tensor, None]:
+        return invert_intrinsics(K), None
+
+    def solve(normal: Tensor, right: Tensor, check_errors: bool = False) -> tuple[Tensor, None]:
+        return solve_spd(normal, right[..., 0])[..., None], None
+
+    def length(x: Any) -> Any:  # Python's own makes a number of a size that is to stay free
+        return x.shape[0] if isinstance(x, Tensor) else len(x)
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            mock.patch.object(torch.linalg, "inv_ex", inverse),
+            mock.patch.object(torch.linalg, "solve_ex", solve),
+            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention),
+            mock.patch.object(smope_s, "len", length, create=True),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *given: Any, **options: Any
+) -> Tensor:
+    """`scaled_dot_product_attention` as its documentation defines it, of a network in evaluation."""
+    logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ value
