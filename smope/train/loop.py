@@ -116,6 +116,8 @@ class Loop:
         Submodules of one class share a graph, so their layers are compiled once.
         """
         if not name.startswith("task."):
+            # Parts are compiled, not the whole: nothing is to be cut into distributed training's buckets.
+            torch._dynamo.config.optimize_ddp = False
             self.model.get_submodule(name).compile()
             return
         *holders, leaf = name.split(".")[1:]
