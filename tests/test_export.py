@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,15 +72,22 @@ def check(found: Any, expected: dict[str, NDArray[Any]], rows: slice = slice(Non
         )
 
 
+@pytest.fixture(scope="module")
+def small_pt2(model: SMOPE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "small.pt2"
+    assert export_model(model, out, "pt2", top_k=5) == out.with_name("small.meshes.npz")
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_pt2_gives_what_the_network_gives(model: SMOPE, tmp_path: Path) -> None:
+def test_pt2_gives_what_the_network_gives(model: SMOPE, small_pt2: Path) -> None:
     images = np.stack([noise(i).permute(1, 2, 0).numpy() for i in range(3)])  # three, where two were exported
     batch = {"images": images, "K": np.array([K] * 3, np.float32)}
     batch["K"][1, :2] *= 1.1
-    arrays = dict(np.load(export_model(model, tmp_path / "small.pt2", "pt2", top_k=5)))
+    arrays = dict(np.load(small_pt2.with_suffix(".meshes.npz")))
     meshes = [torch.from_numpy(arrays[name]) for name in arrays if name not in ("names", "size")]
-    program = torch.export.load(tmp_path / "small.pt2").module()
+    program = torch.export.load(small_pt2).module()
     with torch.no_grad():
         found = program(torch.from_numpy(batch["images"]), torch.from_numpy(batch["K"]), *meshes)
     check(found, expected(model, batch, 5))
@@ -185,3 +194,44 @@ def test_on_real_photos_it_finds_what_predict_finds(lmo_onnx: Path, lmo: SMOPE, 
     assert len(photos) == 3
     for photo in photos:
         same_objects(run_example(lmo_onnx, photo, torch.tensor(lmo.config.K)), lmo.predict(photo))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_page_on_deploying_runs(
+    lmo_onnx: Path, small_pt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands, but for what is made once for all tests: exported files, and the kernel (test_cli)."""
+
+    def ready(model: SMOPE, out: Path, format: str, size: Any, top_k: int) -> Path:
+        source = lmo_onnx if format == "onnx" else small_pt2
+        shutil.copy(source, out)
+        return Path(shutil.copy(source.with_suffix(".meshes.npz"), out.with_suffix(".meshes.npz")))
+
+    monkeypatch.setattr("smope.export.export_model", ready)
+    monkeypatch.setattr("smope.ops.build.build_cpu", lambda: Path("kernel.so"))
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name in ("1.png", "2.png"):
+        shutil.copy(DEMO, Path("photos") / name)
+
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 7
+    known: dict[str, Any] = {}
+    for kind, code in blocks:
+        if kind == "python":
+            exec(compile(code, "docs/deploy.md", "exec"), known)
+            continue
+        for line in code.splitlines():
+            program, *arguments = shlex.split(line)
+            if program == "smope":
+                assert cli.main(arguments) == 0, line
+            else:
+                arguments[0] = str(ROOT / arguments[0])
+                done = subprocess.run(
+                    [sys.executable, *arguments], capture_output=True, text=True, timeout=300
+                )
+                assert len(done.stdout.splitlines()) >= 3, done
+    assert {path for path, _ in known["read_results"]("results.jsonl")} == {"photos/1.png", "photos/2.png"}
+    assert known["T_CO"].shape == (1, 5, 4, 4)

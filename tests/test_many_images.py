@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -192,6 +193,27 @@ def test_the_command_says_what_it_did(
     assert "none of 1 images can be used; the first: " in capsys.readouterr().err
     assert cli.main([*arguments, "--device", "all"]) == (0 if torch.cuda.is_available() else 2)
     assert cli.main([*arguments[:4], "--out", str(tmp_path), "--strict"]) == 2
+
+
+def test_a_full_disk_is_said_in_a_line_and_the_run_goes_on_later(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, out = photos(tmp_path / "photos", 4), tmp_path / "results.jsonl"
+    arguments = command(weights, tmp_path / "photos", out)
+    add = ResultsFile.add
+
+    def until_full(file: ResultsFile, line: bytes) -> None:
+        if len(images_in(out)) == 2:
+            add(file, line[:100])  # what still found room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(file, line)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ResultsFile, "add", until_full)
+        assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == "smope: [Errno 28] No space left on device\n"
+    assert cli.main(arguments) == 0
+    assert images_in(out) == paths
 
 
 def open_or_die(folder: Path, device: str) -> SMOPE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 import trimesh
 from PIL import Image
 from scipy.spatial.transform import Rotation
-from small_model import TINY_PAPER, thin_backbone
+from small_model import TINY_PAPER, ThinResNet, thin_backbone
 from test_paper_checkpoints import NAMES, Hostile, layout, made_up
 from test_paper_deformable_detr import published, reference
 
@@ -38,19 +39,37 @@ __all__ = ["layout"]  # a fixture
 POINTS = 600  # of each mesh's surface
 
 
+@pytest.fixture(scope="module", autouse=True)
+def thin() -> Iterator[None]:
+    """A small backbone in all tests here; test_paper_checkpoints and test_paper_parity have the whole one."""
+    with pytest.MonkeyPatch.context() as patch:
+        thin_backbone(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def authors_file(layout: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the trainer writes it, but of fewer layers, surface points and vertices (test_paper_checkpoints has
-    them all), with random weights whose answers differ from query to query."""
+    """As the trainer writes it, but of fewer layers, channels, surface points and vertices; random weights
+    answer differently from query to query."""
     content = made_up(layout)
+    body = ThinResNet().state_dict()
+    few = {2562: 42, 3 * 2562: 3 * 42}
     for key, tensor in list(content["model"].items()):
-        if re.search(r"encoder\.layers\.[1-5]\.|decoder\.layers\.[2-5]\.", key):
-            del content["model"][key]
+        _, in_body, rest = key.partition("backbone.0.body.")
+        sizes = list(tensor.shape)
+        if in_body and rest in body:
+            sizes = list(body[rest].shape)
+        elif level := re.search(r"input_proj\.(\d)\.0\.weight$", key):
+            sizes[1] = ThinResNet.channels[min(int(level[1]), 2)]
         elif re.search(r"subnet_(vert|normal)\.0\.weight$", key):
-            content["model"][key] = tensor[:, : 3 * POINTS]
-        elif re.search(r"subnet_decoder_samples\.", key):
-            few = {2562: 42, 3 * 2562: 3 * 42}
-            content["model"][key] = tensor[tuple(slice(few.get(size, size)) for size in tensor.shape)]
+            sizes[1] = 3 * POINTS
+        elif "subnet_decoder_samples." in key:
+            sizes = [few.get(size, size) for size in sizes]
+        content["model"][key] = tensor[tuple(map(slice, sizes))]
+        if re.search(r"encoder\.layers\.[1-5]\.|decoder\.layers\.[2-5]\.", key) or (
+            in_body and rest not in body
+        ):
+            del content["model"][key]
     draw = torch.Generator().manual_seed(0)
     drawn: dict[int, torch.Tensor] = {}
     for key, tensor in content["model"].items():
@@ -276,11 +295,9 @@ def test_steps_of_the_authors_network(
     meshes: dict[str, trimesh.Trimesh],
     records: list[Record],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     objective: str,
     steps: int,
 ) -> None:
-    thin_backbone(monkeypatch)
     recipe = Recipe(network=TINY_PAPER, run=replace(RUN, max_steps=steps), architecture="smope-paper")
     out = tmp_path / "out"
     folder = fit(meshes, "m", dataset=records, out=out, recipe=recipe, objective=objective, device="cpu")
@@ -300,10 +317,8 @@ def test_a_detector_starts_from_deformable_detr(
     meshes: dict[str, trimesh.Trimesh],
     records: list[Record],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    thin_backbone(monkeypatch)
     state = published(reference(thin=True, with_box_refine=True))
     path = tmp_path / "r50_deformable_detr.pth"
     torch.save({"model": state}, path)
@@ -349,8 +364,7 @@ def started(network: torch.nn.Module) -> Any:
     )
 
 
-def test_a_backbone_under_torchvisions_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    thin_backbone(monkeypatch)
+def test_a_backbone_under_torchvisions_names(tmp_path: Path) -> None:
     network = build_network(SmopePaperConfig(**TINY_PAPER))
     shapes = {key: tensor.shape for key, tensor in network.detector.backbone.state_dict().items()}
     state = {key: torch.randn(shape) for key, shape in shapes.items()}

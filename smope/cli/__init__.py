@@ -6,6 +6,7 @@ imported when a command runs, so that `--help` is quick.
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 _USER_ERROR, _INTERRUPTED = 2, 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Command = (
     Annotated[Demo, subcommand("demo")]
@@ -73,13 +75,14 @@ def user_message(error: Exception) -> str | None:
     """One line, if the error is one that the user can put right; None for a fault in the program.
 
     Those are the library's own errors, a `ValueError` that the library raised itself, files that are not
-    there or not to be opened, and packages of an extra that is not installed.
+    there or not to be opened, a full disk, and packages of an extra that is not installed.
     """
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("smope"):
         return f"this command needs the package {error.name!r}: pip install 'smope[all]'"
     own = type(error).__module__.split(".")[0] == "smope"
     files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    if own or isinstance(error, files) or (isinstance(error, ValueError) and _raised_here(error)):
+    full = isinstance(error, OSError) and error.errno in _NO_ROOM
+    if own or full or isinstance(error, files) or (isinstance(error, ValueError) and _raised_here(error)):
         return " ".join(str(error).split())
     return None
 
