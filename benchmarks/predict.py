@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "first": seconds(lambda: model.predict(picture, fov=60)),
         "found": len(model.predict(picture, fov=60)),
         "meshes": len(model.objects),
-        "predict": {n: warm(lambda n=n: model.predict([picture] * n, fov=60)) for n in options.batches},
+        "predict": {n: warm(partial(model.predict, [picture] * n, fov=60)) for n in options.batches},
         "parts": parts(model, height // 32 * 32, width // 32 * 32, warm),
         "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "torch": torch.__version__,

@@ -78,7 +78,7 @@ def diameter(vertices: NDArray[np.float64]) -> float:
         distances = np.linalg.norm(points - end, axis=1)
         best, end = max(best, float(distances.max())), points[distances.argmax()]
     points = points[radii >= (best - radii.max()) * (1 - 1e-12)]
-    if len(points) < 2:
+    if len(points) < 2 or best == 0.0:  # 0 of different points: their squares underflow
         return best
 
     cells = np.floor((points - middle) / max(best / 24, 1e-300)).astype(np.int64)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import numpy as np
 import torch
@@ -16,9 +15,7 @@ from torch import Tensor
 from smope.atomic import atomic_path
 from smope.export.network import OUTPUTS, ExportError, PlainNetwork, mesh_tensors
 from smope.files import write_atomically
-from smope.geometry.solve import invert_intrinsics, solve_spd
 from smope.model import SMOPE
-from smope.networks import smope_s
 from smope.networks.smope_s import SmopeS
 
 Format = Literal["onnx", "pt2"]
@@ -51,7 +48,7 @@ def export_model(
         *meshes.values(),
     )
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
-    with torch.no_grad(), _written_out(), warnings.catch_warnings():
+    with torch.no_grad(), _plain_attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporters, about torch
         program = torch.export.export(
             network, given, dynamic_shapes=(batch, batch, tuple({} for _ in meshes)), strict=False
@@ -86,35 +83,11 @@ def _write_onnx(
 
 
 @contextmanager
-def _written_out() -> Iterator[None]:
-    """While this lasts, what ONNX has no operator for, or not in five dimensions, is made of what it has."""
-
-    def inverse(K: Tensor) -> tuple[Tensor, None]:
-        return invert_intrinsics(K), None
-
-    def solve(normal: Tensor, right: Tensor, check_errors: bool = False) -> tuple[Tensor, None]:
-        return solve_spd(normal, right[..., 0])[..., None], None
-
-    def length(x: Any) -> Any:  # Python's own makes a number of a size that is to stay free
-        return x.shape[0] if isinstance(x, Tensor) else len(x)
-
+def _plain_attention() -> Iterator[None]:
+    """While this lasts, nn.MultiheadAttention is not the one fused operator that ONNX does not have."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            mock.patch.object(torch.linalg, "inv_ex", inverse),
-            mock.patch.object(torch.linalg, "solve_ex", solve),
-            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention),
-            mock.patch.object(smope_s, "len", length, create=True),
-        ):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *given: Any, **options: Any
-) -> Tensor:
-    """`scaled_dot_product_attention` as its documentation defines it, of a network in evaluation."""
-    logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ value

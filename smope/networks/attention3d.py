@@ -57,8 +57,9 @@ class MeshAttention(nn.Module):
         key_value = self.key_value(meshes.local)  # [M, T, 2 C]
         key_value = (chosen.to(key_value.dtype) @ key_value.flatten(1)).unflatten(-1, key_value.shape[1:])
         key, value = key_value.chunk(2, -1)  # [B, P, T, C] each
-        query = self.query(x).unflatten(-1, (self.heads, 1, -1))  # [B, P, H, 1, D]
-        key = key.unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # [B, P, H, T, D]
-        value = value.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-        attended = F.scaled_dot_product_attention(query, key, value).flatten(-3)  # [B, P, C]
+        query = self.query(x).unflatten(-1, (self.heads, 1, -1)).flatten(0, 1)  # [B P, H, 1, D]
+        key = key.unflatten(-1, (self.heads, -1)).transpose(-2, -3).flatten(0, 1)  # [B P, H, T, D]
+        value = value.unflatten(-1, (self.heads, -1)).transpose(-2, -3).flatten(0, 1)
+        attended = F.scaled_dot_product_attention(query, key, value).flatten(1)  # [B P, C]
+        attended = attended.unflatten(0, queries.shape[:2])
         return self.feed_forward(self.output_norm(x + self.output(attended)))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smope.networks.position import Shapes
+from smope.networks.precision import autocast_type, without_autocast
 from smope.ops import ms_deform_attn
 
 
@@ -71,12 +72,6 @@ def dropout_layer(share: float) -> nn.Module:
     return nn.Dropout(share) if share else nn.Identity()
 
 
-def autocast_type(x: Tensor) -> torch.dtype:
-    """The type that autocast computes in on x's device; x's own where there is no autocast."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 class NarrowLayerNorm(nn.LayerNorm):
     """LayerNorm that reads and writes autocast's type; mean and variance are in float32 all the same.
 
@@ -86,7 +81,7 @@ class NarrowLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = autocast_type(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weight, bias = self.weight.to(kind), self.bias.to(kind)
             return F.layer_norm(x.to(kind), self.normalized_shape, weight, bias, self.eps)
 

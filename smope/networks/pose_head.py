@@ -14,6 +14,7 @@ from smope.geometry.rotations import egocentric_from_allocentric, rot6d_to_matri
 from smope.geometry.solve import invert_intrinsics
 from smope.networks.deformable import MLP
 from smope.networks.outputs import PairOutputs, PoseEstimate
+from smope.networks.precision import without_autocast
 
 ImageSize = tuple[int, int]  # (width, height) in pixels
 
@@ -51,7 +52,7 @@ class PoseHead(nn.Module):
         log_factor = self.depth(features)[..., 0]
         visibility = self.visibility(features)[..., 0]
         log_sigma = self.log_sigma(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             pose = pose_from_values(
                 rotation6.float(), shift.float(), log_factor.float(), boxes, diameters, K, size
             )

@@ -18,6 +18,7 @@ from smope.geometry.solve import solve_spd
 from smope.networks.deformable import MLP, FeedForward, zero_last
 from smope.networks.outputs import Features, PoseEstimate
 from smope.networks.pose_head import ImageSize, focal_length, pixels_to_unit
+from smope.networks.precision import without_autocast
 
 
 class PoseMaps(nn.Module):
@@ -101,7 +102,7 @@ class PoseRefiner(nn.Module):
         offsets, weights = moved[..., :2], moved[..., 2].sigmoid()
         seen = tokens.mean(-2)
         prior = self.prior(torch.cat([seen, pairs], -1)).float()
-        with torch.autocast(pairs.device.type, enabled=False):
+        with without_autocast(pairs):
             rotation, translation = gauss_newton_step(
                 pose,
                 arms,

@@ -197,7 +197,7 @@ class SmopeS(nn.Module):
         level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, shapes, strict=True)])
         positions = (pyramid_positions(shapes, self.config.width, images.device) + level)[None]
         reference = cell_centres(shapes, images.device)[None, :, None].expand(
-            len(images), -1, self.levels, -1
+            images.shape[0], -1, self.levels, -1
         )
         for layer in self.encoder:
             memory = layer(memory, positions, reference, shapes)
