@@ -202,9 +202,6 @@ def test_swapping_two_names_swaps_only_labels(model: SMOPE, picture: torch.Tenso
         torch.testing.assert_close(getattr(other, column), getattr(found, column), rtol=0, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    reason="these weights score the second one of a mesh at 0.05 to 0.2; only one gets past the threshold"
-)
 def test_several_of_one_mesh_are_all_found(model: SMOPE, picture: torch.Tensor, found: Poses) -> None:
     """The duck pasted twice more: moved by d pixels it looks nearly as if it stood d z / f beside."""
     box = found.boxes_xyxy[found.names.index("duck")].round().long()

@@ -21,6 +21,7 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ _HELD_OUT = {  # column of curves.csv -> heading
     "visibility_error": "visibility error",
     "depth_error": "depth error",
 }
-_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w -]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 class StaleError(Exception):
@@ -220,8 +221,9 @@ def documents(root: Path) -> dict[Path, str]:
         result[model.card] = updated(text, {"scores": lambda model=model: card_table(model)}, model.card)  # type: ignore[misc]
         if "<!-- table: scores -->" not in text:
             raise StaleError(f"{model.card}: no block `<!-- table: scores -->`")
-    record = root / "benchmarks" / "lmo"
-    tables |= {"training": lambda: training_table(record), "pieces": lambda: pieces_table(record)}
+    for record in sorted((root / "benchmarks" / "lmo").glob("*/")):
+        tables[f"training {record.name}"] = partial(training_table, record)
+        tables[f"pieces {record.name}"] = partial(pieces_table, record)
     for page in (root / "benchmarks" / "training.md", root / "docs" / "own_objects.md"):
         if page.is_file():
             result[page] = updated(page.read_text(encoding="utf-8"), tables, page)
