@@ -102,7 +102,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
             expected = (opened.metadata() or {}).get(CHECKSUM)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         for mark, what in _NOT_TENSORS.items():
-            if start.startswith(mark):
+            # A safetensors file begins with the length of its header, which may begin as a pickle does.
+            if start.startswith(mark) and start[8:9] != b"{":
                 raise WeightsError(f"{path}: {what}, not a safetensors file; it was not opened") from None
         raise WeightsError(
             f"{path}: {path.stat().st_size} bytes that are no whole safetensors file ({error}); "

@@ -55,7 +55,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, ctypes.C
     jobs = {}
     for number, variant in enumerate(VARIANTS):
         target = folder / f"kernels{number}.so"
-        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-x", "c++", "-include"]
+        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
+        # Another kernel's stand-in has variables of the same names, which must not become one in this process.
+        command += ["-fno-gnu-unique", "-x", "c++", "-include"]
         command += [str(ROOT / "tests/cuda_on_host/cuda_on_host.hpp"), f"-DSMOPE_HEAD={variant.head}"]
         command += [
             f"-DSMOPE_HEADS={HEADS}",
