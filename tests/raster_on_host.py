@@ -21,7 +21,7 @@ def build_for_host(folder: Path) -> ctypes.CDLL:
         pytest.skip("needs g++ to compile the kernel for the CPU")
     target = folder / "raster.so"
     command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC"]
-    # Another kernel's stand-in has variables of the same names, which must not become one in this process.
+    # Another kernel's stand-in has variables of the same names, not to become one in this process.
     command += ["-fno-gnu-unique", "-x", "c++", "-include"]
     command += [str(ROOT / "tests/cuda_on_host/raster_on_host.hpp"), str(KERNEL), "-o", str(target)]
     subprocess.run(command, check=True)

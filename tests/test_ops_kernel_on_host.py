@@ -56,7 +56,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, ctypes.C
     for number, variant in enumerate(VARIANTS):
         target = folder / f"kernels{number}.so"
         command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
-        # Another kernel's stand-in has variables of the same names, which must not become one in this process.
+        # Another kernel's stand-in has variables of the same names, not to become one in this process.
         command += ["-fno-gnu-unique", "-x", "c++", "-include"]
         command += [str(ROOT / "tests/cuda_on_host/cuda_on_host.hpp"), f"-DSMOPE_HEAD={variant.head}"]
         command += [
