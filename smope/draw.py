@@ -177,7 +177,8 @@ def _headlight(corners: FloatArray) -> FloatArray:
     normals *= np.where((normals * middle).sum(axis=1, keepdims=True) > 0, -1.0, 1.0)  # towards the camera
     light = np.array([-0.35, -0.5, -0.8])  # from above and left, so that faces seen at one angle still differ
     lambert = np.clip(normals @ (light / np.linalg.norm(light)), 0.0, 1.0)
-    return 0.4 + 0.6 * lambert  # type: ignore[no-any-return]
+    brightness: FloatArray = 0.4 + 0.6 * lambert
+    return brightness
 
 
 def _discs(model: ObjectModel) -> Surface:

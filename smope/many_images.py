@@ -207,7 +207,7 @@ def _sendable(error: Exception) -> Exception:
     trace = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # pickle raises whatever an error's own class does
         error = WorkerError(f"{type(error).__name__}: {error}")
     error.add_note(f"Raised in another process:\n{trace}")
     return error

@@ -79,8 +79,8 @@ def _exporting() -> bool:
 # reads `torch.compiler.is_exporting()` as True whether it exports or not, so every compiled graph would hold
 # the definition. (As torch.compiler.assume_constant_result does; but calling that here would import
 # torch._dynamo, two seconds for those who never compile.)
-_takes_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_takes_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take any
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take any
 
 
 def ms_deform_attn_torch(

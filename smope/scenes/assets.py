@@ -8,13 +8,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trimesh
 from numpy.typing import NDArray
 from PIL import Image
 
+from smope.atomic import atomic_path
 from smope.scenes.meshes import PreparedMesh, prepare_mesh
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class SceneAssets:
     def save(self, path: Path | str) -> None:
         """Write one .npz: positions as float16, normals as int8, indices as narrow as fits."""
         path = Path(path)
-        arrays: dict[str, NDArray[np.generic]] = {"environments": self.environments}
+        arrays: dict[str, Any] = {"environments": self.environments}
         meta = []
         for k, mesh in enumerate((*self.targets, *self.clutter)):
             meta.append({"name": mesh.name, "scale_known": mesh.scale_known})
@@ -66,10 +67,8 @@ class SceneAssets:
         arrays["background_sizes"] = np.array([len(b) for b in self.backgrounds], dtype=np.int64)
         header = json.dumps({"version": 1, "targets": len(self.targets), "meshes": meta})
         arrays["header"] = np.frombuffer(header.encode(), dtype=np.uint8)
-        scratch = path.with_name(path.name + ".part")
-        with scratch.open("wb") as handle:
-            np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
-        scratch.replace(path)
+        with atomic_path(path) as temporary, temporary.open("wb") as handle:
+            np.savez_compressed(handle, **arrays)
         log.info(
             "%s: %d meshes, %d backgrounds, %.1f MiB", path, len(meta), len(self.backgrounds), _mib(path)
         )

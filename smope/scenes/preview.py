@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,9 @@ _AXES = ((255, 60, 60), (60, 220, 60), (80, 120, 255))
 def preview_sheet(stream: SceneStream, n: int = 12, columns: int = 3, labels: bool = True) -> Image.Image:
     """The stream's first `n` images side by side."""
     tiles: list[Image.Image] = []
-    batches = iter(stream)
-    for batch in islice(batches, -(-n // stream.batch_size)):
-        tiles += [draw_item(batch, k, stream.names, labels) for k in range(len(batch))]
-    batches.close()  # type: ignore[attr-defined]
+    with closing(stream.batches(stream.start)) as batches:
+        for batch in islice(batches, -(-n // stream.batch_size)):
+            tiles += [draw_item(batch, k, stream.names, labels) for k in range(len(batch))]
     tiles = tiles[:n]
     width, height = tiles[0].size
     rows = -(-len(tiles) // columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -89,7 +89,7 @@ class SceneStream:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(self.start)
 
-    def batches(self, first: int = 0) -> Iterator[Batch]:
+    def batches(self, first: int = 0) -> Generator[Batch, None, None]:
         """Batches `first`, `first` + 1, ...: a resumed run goes on where it was."""
         if self._workers == 0:
             number = first
