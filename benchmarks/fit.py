@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         objects = objects_of(None, None, None, plan.data)
         source, _ = _source(objects, None, None, None, plan, ranks)
         config = network_config(plan, None)
-        objective = make_objective(plan, objects, config)
+        objective = make_objective(plan, objects, config, source.clutter)
         torch.manual_seed(plan.run.seed)
         loop = TimedLoop(
             build_network(config),

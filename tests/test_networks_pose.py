@@ -9,13 +9,11 @@ import roma
 import torch
 from torch import Tensor
 
-from smope.geometry.projection import project
 from smope.networks.attention3d import MeshAttention, MeshSimilarity
 from smope.networks.denoising import attention_mask, noised_boxes
 from smope.networks.mesh_encoder import MeshEncoder, MeshInputs, MeshTokens
 from smope.networks.outputs import PoseEstimate
 from smope.networks.pose_head import pixels_to_unit, pose_from_values, unit_to_pixels
-from smope.networks.refine import gauss_newton_step
 
 SIZE = (640, 480)
 K = torch.tensor([[[572.4, 0.0, 325.3], [0.0, 573.6, 242.0], [0.0, 0.0, 1.0]]])
@@ -69,83 +67,6 @@ def test_an_object_off_the_axis_is_turned_towards_its_ray() -> None:
     angle = torch.atan2(axis.norm(), ray[2])
     expected = roma.rotvec_to_rotmat(axis / axis.norm() * angle)
     assert torch.allclose(pose.rotation[0, 0], expected, atol=1e-5)
-
-
-def random_pose(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = seeded(seed)
-    rotation = roma.unitquat_to_rotmat(
-        torch.nn.functional.normalize(torch.randn(1, 1, 4, generator=g), dim=-1)
-    )
-    translation = torch.tensor([[[0.15, -0.1, 0.9]]]) + 0.1 * torch.randn(1, 1, 3, generator=g)
-    points = 0.5 * torch.rand(1, 1, 40, 3, generator=g) - 0.25
-    return rotation.double(), translation.double(), points.double(), torch.tensor([[0.17]]).double()
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_gauss_newton_finds_the_pose_whose_projections_it_is_shown(seed: int) -> None:
-    rotation, translation, anchors, diameter = random_pose(seed)
-    intrinsics = K.double()
-    target_rotation = roma.rotvec_to_rotmat(torch.tensor([[[0.2, -0.15, 0.25]]]).double()) @ rotation
-    target_translation = translation * 1.08 + torch.tensor([[[0.02, -0.01, 0.0]]]).double()
-
-    def uv(R: Tensor, t: Tensor) -> Tensor:
-        return project(diameter[..., None, None] * anchors @ R.mT + t[..., None, :], intrinsics)
-
-    wanted = uv(target_rotation, target_translation)
-    for _ in range(8):
-        arms = diameter[..., None, None] * anchors @ rotation.mT
-        apparent = (intrinsics[0, 0, 0] * intrinsics[0, 1, 1]).sqrt() * diameter / translation[..., 2]
-        offsets = (wanted - uv(rotation, translation)) / apparent[..., None, None]
-        pose = PoseEstimate(rotation, translation, torch.zeros(1, 1, 2))
-        weights = torch.full(offsets.shape[:-1], 0.5).double()
-        prior = torch.zeros(1, 1, 6).double()
-        rotation, translation = gauss_newton_step(
-            pose, arms, offsets, weights, prior, prior + 1e-9, diameter, intrinsics
-        )
-    assert torch.allclose(rotation, target_rotation, atol=1e-6)
-    assert torch.allclose(translation, target_translation, atol=1e-6)
-
-
-def test_gauss_newton_step_is_the_gradient_of_the_projection() -> None:
-    """With one step's true projections (finite differences), the step itself comes back."""
-    rotation, translation, anchors, diameter = random_pose(5)
-    intrinsics = K.double()
-    step = 1e-5 * torch.tensor([[[1.0, -2.0, 0.5, 1.5, -1.0, 2.0]]]).double()
-    arms = diameter[..., None, None] * anchors @ rotation.mT
-    moved_rotation = roma.rotvec_to_rotmat(step[..., :3]) @ rotation
-    shift = torch.cat([step[..., 3:5] * diameter[..., None], torch.zeros(1, 1, 1)], -1)
-    moved = translation * step[..., 5:].exp() + shift
-    before = project(arms + translation[..., None, :], intrinsics)
-    after = project(diameter[..., None, None] * anchors @ moved_rotation.mT + moved[..., None, :], intrinsics)
-    apparent = (intrinsics[0, 0, 0] * intrinsics[0, 1, 1]).sqrt() * diameter / translation[..., 2]
-    offsets = (after - before) / apparent[..., None, None]
-    zero = torch.zeros(1, 1, 6).double()
-    pose = PoseEstimate(rotation, translation, torch.zeros(1, 1, 2))
-    found_rotation, found = gauss_newton_step(
-        pose, arms, offsets, torch.ones(1, 1, 40).double(), zero, zero + 1e-12, diameter, intrinsics
-    )
-    turned = roma.rotmat_to_rotvec(found_rotation @ rotation.mT)
-    assert torch.allclose(turned, step[..., :3], atol=2e-9)
-    assert torch.allclose(found - translation, moved - translation, atol=2e-9)
-
-
-def test_a_stiff_prior_holds_the_step() -> None:
-    rotation, translation, anchors, diameter = random_pose(6)
-    arms = diameter[..., None, None] * anchors @ rotation.mT
-    prior = torch.tensor([[[0.1, 0.0, -0.1, 0.0, 0.05, 0.02]]]).double()
-    pose = PoseEstimate(rotation, translation, torch.zeros(1, 1, 2))
-    turned, moved = gauss_newton_step(
-        pose,
-        arms,
-        torch.randn(1, 1, 40, 2).double(),
-        torch.ones(1, 1, 40).double(),
-        prior,
-        torch.full((1, 1, 6), 1e9).double(),
-        diameter,
-        K.double(),
-    )
-    assert torch.allclose(turned, roma.rotvec_to_rotmat(prior[..., :3]) @ rotation, atol=1e-6)
-    assert torch.allclose(moved[..., 2], translation[..., 2] * math.exp(0.02), atol=1e-6)
 
 
 def mesh_inputs(count: int, seed: int = 0) -> MeshInputs:

@@ -13,6 +13,7 @@ from small_model import small_model
 
 from smope.data.items import Batch
 from smope.network_inputs import mesh_inputs
+from smope.networks.gauss_newton import fit_pose
 from smope.networks.outputs import PoseEstimate, Regions
 from smope.networks.regions import RegionReader, cell_grid, square_cells
 from smope.objects import ObjectModel
@@ -31,22 +32,48 @@ def test_cells_share_a_square_a_little_larger_than_the_box() -> None:
     assert torch.allclose(share, torch.tensor([40 / 56, 12 / 56]))
 
 
-def test_a_new_reader_leaves_the_pairs_as_they_are_and_learns_all_the_same() -> None:
+def reader_inputs() -> tuple[
+    RegionReader, PoseEstimate, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]
+]:
     torch.manual_seed(0)
     reader = RegionReader(32, sampled=6, cells=8, hidden=16)
     maps = (torch.randn(2, 4, 12, 16), torch.randn(2, 2, 6, 8))
-    pairs, boxes = torch.randn(2, 3, 32), torch.rand(2, 3, 4) * 0.4 + 0.3
-    seen, regions = reader(pairs, boxes, maps, (128, 96))
-    assert torch.equal(seen, pairs)
+    start = PoseEstimate(
+        torch.eye(3).expand(2, 3, 3, 3), torch.tensor([0.0, 0.0, 0.5]).expand(2, 3, 3), torch.zeros(2, 3, 2)
+    )
+    return reader, start, torch.randn(2, 3, 32), torch.rand(2, 3, 4) * 0.4 + 0.3, maps
+
+
+def test_a_reader_fits_the_pose_to_what_its_cells_say_and_learns_from_it() -> None:
+    reader, start, pairs, boxes, maps = reader_inputs()
+    K = torch.tensor([[[100.0, 0, 63.5], [0, 100.0, 47.5], [0, 0, 1.0]]]).repeat(2, 1, 1)
+    diameters = torch.full((2, 3), 0.1)
+    pose, seen, regions = reader(start, pairs, boxes, maps, diameters, K, (128, 96))
+    assert torch.equal(seen, pairs)  # what is seen is added to the pairs only as it is learned
     assert regions.surface.shape == (2, 3, 8, 8, 4)
-    (seen * torch.randn_like(seen)).sum().backward()
-    assert reader.summary.weight.grad is not None
-    assert reader.summary.weight.grad.abs().max() > 0
+    weights = regions.surface[..., 3].sigmoid().flatten(2)
+    points, cells = regions.surface[..., :3].flatten(2, 3), regions.pixels.flatten(2, 3)
+    prior = torch.zeros(2, 3, 6), torch.full((2, 3, 6), math.log(2) * 0.1 + 1e-4)
+    expected = fit_pose(start, points, cells, weights, *prior, diameters, K, steps=3)
+    assert torch.allclose(pose.rotation, expected.rotation, atol=1e-5)
+    assert torch.allclose(pose.translation, expected.translation, atol=1e-5)
+    (pose.translation * torch.randn(3)).sum().backward()
+    for layer in (reader.surface, reader.trust):
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.abs().max() > 0
 
 
-def test_cells_that_cannot_be_halved_twice_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of 4"):
-        RegionReader(32, sampled=6, cells=10)
+def test_a_single_image_has_the_same_pose_as_in_a_batch() -> None:
+    reader, start, pairs, boxes, maps = reader_inputs()
+    K = torch.tensor([[[100.0, 0, 63.5], [0, 100.0, 47.5], [0, 0, 1.0]]]).repeat(2, 1, 1)
+    diameters = torch.full((2, 3), 0.1)
+    both, _, _ = reader(start, pairs, boxes, maps, diameters, K, (128, 96))
+    second = PoseEstimate(start.rotation[1:], start.translation[1:], start.centre[1:])
+    alone, _, _ = reader(
+        second, pairs[1:], boxes[1:], tuple(m[1:] for m in maps), diameters[1:], K[1:], (128, 96)
+    )
+    assert torch.allclose(both.translation[1:], alone.translation, atol=1e-5)
+    assert torch.allclose(both.rotation[1:], alone.rotation, atol=1e-5)
 
 
 def sphere_scene() -> tuple[ObjectModel, Batch, torch.Tensor]:

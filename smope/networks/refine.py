@@ -8,16 +8,17 @@ predicts too, turns that into a new pose. Intrinsics and size enter through the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from roma import rotvec_to_rotmat
 from torch import Tensor, nn
 
 from smope.geometry.projection import project
-from smope.geometry.solve import solve_spd
 from smope.networks.deformable import MLP, FeedForward, zero_last
+from smope.networks.gauss_newton import gauss_newton_step, move, prior_of
 from smope.networks.outputs import Features, PoseEstimate
-from smope.networks.pose_head import ImageSize, focal_length, pixels_to_unit
+from smope.networks.pose_head import ImageSize, pixels_to_unit
 from smope.networks.precision import without_autocast
 
 
@@ -103,67 +104,7 @@ class PoseRefiner(nn.Module):
         seen = tokens.mean(-2)
         prior = self.prior(torch.cat([seen, pairs], -1)).float()
         with without_autocast(pairs):
-            rotation, translation = gauss_newton_step(
-                pose,
-                arms,
-                offsets,
-                weights,
-                prior[..., :6],
-                F.softplus(prior[..., 6:]) * 0.1 + 1e-4,
-                diameters,
-                K,
-            )
-            centre = project(translation, K)
-        refined = PoseEstimate(rotation, translation, centre, offsets, weights, uv)
+            step = gauss_newton_step(pose, arms, offsets, weights, *prior_of(prior), diameters, K)
+            moved_pose = move(pose, step, diameters, K)
+        refined = replace(moved_pose, offsets=offsets, offset_weights=weights, anchors_uv=uv)
         return refined, pairs + self.summary(seen)
-
-
-def gauss_newton_step(
-    pose: PoseEstimate,
-    arms: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
-    prior_step: Tensor,
-    prior_weight: Tensor,
-    diameters: Tensor,
-    K: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Rotation and translation after one damped step on sum_k w_k |du_k(step) - offset_k|^2 + prior.
-
-    arms [B, P, A, 3] rotated anchors, metres; offsets [B, P, A, 2] in apparent diameters; weights [B, P, A];
-    prior_step, prior_weight [B, P, 6]. A step is (rotation vector in the camera's axes; lateral shift x, y
-    over the diameter; log depth along the ray), each of which moves the projections by about its own size.
-    """
-    t = pose.translation
-    depth = t[..., 2].clamp(min=1e-2)
-    points = arms + t[..., None, :]
-    z = points[..., 2].clamp(min=1e-2)
-    focal = K.diagonal(dim1=-2, dim2=-1)[:, None, None, :2]  # [B, 1, 1, 2]
-    # Pixels per metre of sideways motion, made dimensionless: apparent diameter = f D / depth.
-    gain = (
-        focal / z[..., None] * (depth / focal_length(K)[:, None])[..., None, None]
-    )  # [B, P, A, 2] times metres / D
-    along = points[..., :2] / z[..., None]  # [B, P, A, 2] X/Z, Y/Z
-
-    qx, qy, qz = (arms / diameters[..., None, None]).unbind(-1)
-    zero, one = torch.zeros_like(qx), torch.ones_like(qx)
-    tx, ty, tz = (t / diameters[..., None])[..., None, :].expand_as(arms).unbind(-1)
-    # Motion of a point for each of the six steps: omega x arm; the shifts; the ray.
-    motion_x = torch.stack([zero, qz, -qy, one, zero, tx], -1)
-    motion_y = torch.stack([-qz, zero, qx, zero, one, ty], -1)
-    motion_z = torch.stack([qy, -qx, zero, zero, zero, tz], -1)
-    row_x = gain[..., :1] * (motion_x - along[..., :1] * motion_z)
-    row_y = gain[..., 1:] * (motion_y - along[..., 1:] * motion_z)
-    jacobian = torch.stack([row_x, row_y], -2).flatten(-3, -2)  # [B, P, 2A, 6]
-
-    weight = (weights / weights.shape[-1])[..., None].expand_as(offsets).flatten(-2)  # [B, P, 2A]
-    weighted = jacobian * weight[..., None]
-    normal = weighted.transpose(-1, -2) @ jacobian + torch.diag_embed(prior_weight)
-    right = (weighted.transpose(-1, -2) @ offsets.flatten(-2)[..., None])[..., 0] + prior_weight * prior_step
-    step = solve_spd(normal, right)
-    # A linear step is not to be trusted beyond about half a radian.
-    step = step / (step.abs().amax(-1, keepdim=True) / 0.7).clamp(min=1.0)
-
-    rotation = rotvec_to_rotmat(step[..., :3]) @ pose.rotation
-    shift = torch.cat([step[..., 3:5] * diameters[..., None], torch.zeros_like(step[..., :1])], -1)
-    return rotation, t * step[..., 5:].exp() + shift

@@ -1,9 +1,10 @@
-"""Region reader: looks at the square around each pair's box, cell by cell, and adds what it sees to the pair.
+"""Region reader: looks at the square around each pair's box, cell by cell, and fits the pose to what it sees.
 
 A query is one vector, and the place of an edge hardly fits into it. So a grid of cells over the box is read
-from the pose maps, worked on by a few convolutions under the pair's own features, and told in training where
-on the mesh each cell looks (dense correspondences, as in Wang et al. 2021, GDR-Net). What is left, 4x4 cells,
-becomes one more vector; the pose head then says the pose anew.
+from the pose maps, worked on by a few convolutions under the pair's own features, and says where on the mesh
+each cell looks and how far that is to be trusted: dense correspondences (Wang et al. 2021, GDR-Net), from
+which a few Gauss-Newton steps make the pose, starting at the direct one. Places are learned from the truth,
+trust from the pose that comes out (as the weights of Chen et al. 2022, EPro-PnP).
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smope.networks.deformable import NarrowLayerNorm
-from smope.networks.outputs import Regions
+from smope.networks.deformable import MLP, NarrowLayerNorm, zero_last
+from smope.networks.gauss_newton import fit_pose, prior_of
+from smope.networks.outputs import PoseEstimate, Regions
 from smope.networks.pose_head import ImageSize, pixels_to_unit, unit_to_pixels
+from smope.networks.precision import without_autocast
 from smope.networks.refine import read_maps
 
 MARGIN = 1.4  # side of the square over the longer side of the box: boxes err, and edges want their outside
@@ -23,10 +26,10 @@ MARGIN = 1.4  # side of the square over the longer side of the box: boxes err, a
 class ConvBlock(nn.Module):
     """Pre-activation residual convolution; the norm is over the channels of each cell."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dilation: int) -> None:
         super().__init__()
         self.norm = NarrowLayerNorm(width)
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, n, n, C]
         y = F.relu(self.norm(x)).permute(0, 3, 1, 2)
@@ -34,28 +37,42 @@ class ConvBlock(nn.Module):
 
 
 class RegionReader(nn.Module):
-    def __init__(self, width: int, sampled: int, cells: int, hidden: int = 128, blocks: int = 2) -> None:
+    def __init__(
+        self,
+        width: int,
+        sampled: int,
+        cells: int,
+        hidden: int = 128,
+        dilations: tuple[int, ...] = (1, 1, 3),
+        steps: int = 3,
+    ) -> None:
         super().__init__()
-        if cells % 4:
-            raise ValueError(f"cells = {cells} given; a multiple of 4 expected: the grid is halved twice")
-        self.cells = cells
+        self.cells, self.steps = cells, steps
         self.read = nn.Linear(sampled + 2, hidden)
         self.pair = nn.Linear(width + 2, 2 * hidden)
-        self.blocks = nn.ModuleList(ConvBlock(hidden) for _ in range(blocks))
+        self.blocks = nn.ModuleList(ConvBlock(hidden, dilation) for dilation in dilations)
         self.norm = NarrowLayerNorm(hidden)
         self.surface = nn.Linear(hidden, 4)
-        self.halve = nn.ModuleList(
-            nn.Conv2d(inputs, hidden, 3, stride=2, padding=1) for inputs in (hidden + 4, hidden)
-        )
-        self.narrow = nn.Linear(hidden, hidden // 2)
-        self.summary = nn.Linear((cells // 4) ** 2 * (hidden // 2), width)
-        nn.init.zeros_(self.summary.weight)  # a trained network begins with the poses it had
-        nn.init.zeros_(self.summary.bias)
+        self.trust = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.trust.weight)  # at first a cell is trusted as far as it is on the object
+        nn.init.zeros_(self.trust.bias)
+        self.summary = zero_last(MLP(2 * hidden, hidden, width, 2))
+        self.prior = zero_last(MLP(width, hidden, 12, 2))
 
     def forward(
-        self, pairs: Tensor, boxes: Tensor, maps: tuple[Tensor, ...], size: ImageSize
-    ) -> tuple[Tensor, Regions]:
-        """pairs [B, P, C], boxes [B, P, 4] cxcywh in 0..1 -> the pairs with what was seen added, and that"""
+        self,
+        direct: PoseEstimate,
+        pairs: Tensor,
+        boxes: Tensor,
+        maps: tuple[Tensor, ...],
+        diameters: Tensor,
+        K: Tensor,
+        size: ImageSize,
+    ) -> tuple[PoseEstimate, Tensor, Regions]:
+        """pairs [B, P, C], boxes [B, P, 4] cxcywh in 0..1, diameters [B, P] metres, K [B, 3, 3]
+
+        -> the pose by what the cells see, the pairs with what was seen added, and that
+        """
         n = self.cells
         grid = cell_grid(n, boxes.device)  # [n, n, 2] in -1..1
         pixels, share = square_cells(boxes, grid, size)
@@ -66,14 +83,17 @@ class RegionReader(nn.Module):
         x = (x * (1 + gain) + shift).flatten(0, 1).unflatten(1, (n, n))  # [B P, n, n, hidden]
         for block in self.blocks:
             x = block(x)
-        x = F.relu(self.norm(x))
-        surface = self.surface(x)
-        x = torch.cat([x, surface], -1).permute(0, 3, 1, 2)
-        for conv in self.halve:
-            x = F.relu(conv(x))
-        x = self.narrow(x.permute(0, 2, 3, 1)).flatten(1)  # [B P, n/4 n/4 hidden/2]
-        summary = self.summary(F.relu(x)).unflatten(0, pairs.shape[:2])
-        return pairs + summary, Regions(pixels, surface.unflatten(0, pairs.shape[:2]).float())
+        x = F.relu(self.norm(x)).flatten(1, 2).unflatten(0, pairs.shape[:2])  # [B, P, n n, hidden]
+
+        surface = self.surface(x).float()
+        weights = surface[..., 3].sigmoid() * (2 * self.trust(x)[..., 0].float().sigmoid())
+        mean = (weights[..., None] * x).mean(-2)
+        pairs = pairs + self.summary(torch.cat([mean, x.mean(-2)], -1))
+        prior = prior_of(self.prior(pairs).float())
+        with without_autocast(pairs):
+            places, cells = surface[..., :3], pixels.flatten(2, 3)
+            pose = fit_pose(direct, places, cells, weights, *prior, diameters, K, self.steps)
+        return pose, pairs, Regions(pixels, surface.unflatten(2, (n, n)))
 
 
 def cell_grid(cells: int, device: torch.device) -> Tensor:

@@ -255,18 +255,17 @@ class SmopeS(nn.Module):
         size: ImageSize,
         features: Features,
     ) -> tuple[PairOutputs, Regions]:
-        """Add the pose by what the box's square shows, and one a refinement layer; visibility and uncertainty
-        are said anew by what was seen last."""
+        """Add the pose that fits what the box's square shows, and one a refinement layer; visibility and
+        uncertainty are said anew by what was seen."""
         maps = self.pose_maps(features)
         anchors, diameters = meshes.anchors[labels], meshes.diameters[labels]
-        pairs, regions = self.region_reader(pairs, boxes, maps, size)
-        looked = self.pose_head(pairs, boxes, diameters, K, size)
-        poses = [direct.poses[0], looked.poses[0]]
+        looked, pairs, regions = self.region_reader(direct.poses[0], pairs, boxes, maps, diameters, K, size)
+        visibility = self.pose_head.visibility(pairs)[..., 0]
+        poses = [direct.poses[0], looked]
         for refiner in self.refiners:
             pose, pairs = refiner(poses[-1].detach(), pairs, maps, anchors, diameters, K, size)
             poses.append(pose)
-        log_sigma = self.pose_head.log_sigma(pairs) if self.refiners else looked.log_sigma
-        return PairOutputs(tuple(poses), looked.visibility_logit, log_sigma), regions
+        return PairOutputs(tuple(poses), visibility, self.pose_head.log_sigma(pairs)), regions
 
     def _cell_boxes(self, shapes: Shapes, index: Tensor) -> Tensor:
         """[B, Q, 4] the box each cell starts from: its centre, and a size that doubles with the level"""

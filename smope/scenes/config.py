@@ -62,6 +62,7 @@ class SceneConfig:
     layers: int = 7  # texture layers on the plane: table, board, sheets
     materials: int = 40  # ids an image can hold, 0 (nothing) and the plane included
     lights: int = 3
+    frontal_light_probability: float = 0.45  # share of images with a light from about where the camera is
 
     exposure: Range = (0.18, 0.48)  # mean of the sRGB image that the exposure aims at
     spread: Range = (0.18, 0.32)  # standard deviation of the sRGB image that the tone curve aims at

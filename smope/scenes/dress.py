@@ -193,6 +193,11 @@ def sample_lights(
     strength[1:] *= rng.random(config.lights - 1) < 0.6
     if rng.random() < 0.12:
         strength[:] *= 0.05  # only ambient light
+    if rng.random() < config.frontal_light_probability:
+        # Rows of R_CW are the camera's axes in the world; light from behind it leaves rims darker.
+        directions[-1] = -R_CW[2] + rng.normal(0, 0.35, 3)
+        directions[-1] /= np.linalg.norm(directions[-1])
+        strength[-1] = rng.uniform(0.3, 1.4)
     colours = np.stack([_temperature(rng) for _ in range(config.lights)]) * strength[:, None]
     in_camera = directions @ R_CW.T
     middle = np.median(centres, axis=0) if len(centres) else np.array([0.0, 0.0, 1.0])

@@ -15,10 +15,12 @@ from smope.config import ConfigError, from_json, to_json
 from smope.networks.smope_paper import SmopePaperConfig
 from smope.networks.smope_s import SmopeSConfig
 from smope.objects import ObjectModel
+from smope.scenes.meshes import PreparedMesh
 from smope.train.objective import LossConfig, Objective
 from smope.train.paper_losses import PaperWeights
 from smope.train.paper_objective import PaperObjective
 from smope.train.recipe import Recipe
+from smope.train.strangers import Strangers
 
 # Called with a network and a batch: the loss [] and its parts [].
 AnyObjective = Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]]
@@ -40,14 +42,22 @@ def network_config(plan: Recipe, init: str | Path | None = None) -> NetworkConfi
     return from_json(SmopePaperConfig, {**to_json(base), **plan.network}, "network")
 
 
-def make_objective(plan: Recipe, objects: Sequence[ObjectModel], config: NetworkConfig) -> AnyObjective:
-    """The loss that the recipe names, with the weights of its section [loss]."""
+def make_objective(
+    plan: Recipe,
+    objects: Sequence[ObjectModel],
+    config: NetworkConfig,
+    clutter: Sequence[PreparedMesh] = (),
+) -> AnyObjective:
+    """The loss that the recipe names, with the weights of its section [loss]; strangers are taken from the
+    clutter."""
     if isinstance(config, SmopeSConfig):
         if plan.objective != "default":
             raise ConfigError(
                 f'objective {plan.objective!r} given for smope-s; it trains architecture = "smope-paper" only'
             )
-        return Objective(objects, from_json(LossConfig, plan.loss, "loss"))
+        loss = from_json(LossConfig, plan.loss, "loss")
+        strangers = Strangers.of(clutter, len(objects[0].points)) if loss.strangers and clutter else None
+        return Objective(objects, loss, strangers)
     name = "paper" if plan.objective == "default" else plan.objective
     weights = paper_weights(plan.loss)
     return PaperObjective(objects, weights, name, samples=config.surface_points)

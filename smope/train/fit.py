@@ -98,7 +98,7 @@ def fit(
         objects = objects_of(meshes, units, symmetries, plan.data)
         source, scene_config = _source(objects, scenes, dataset, assets, plan, ranks)
         config = network_config(plan, init)
-        loss = make_objective(plan, objects, config)
+        loss = make_objective(plan, objects, config, source.clutter)
         # The same start in every process, whatever was drawn before.
         torch.manual_seed(plan.run.seed)
         network = build_network(config)

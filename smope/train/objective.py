@@ -30,6 +30,7 @@ from smope.train.losses import (
 )
 from smope.train.matcher import HungarianMatcher
 from smope.train.pose_targets import ObjectTable, PairTruth
+from smope.train.strangers import Strangers
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,25 @@ class LossConfig:
     coordinates: float = 1.0
     colour_dropout: float = 0.2  # share of meshes shown to the network without their colours
     faint: float = 0.3  # poses of objects less visible than this count in proportion
+    strangers: int = 0  # meshes registered beside the known ones at each step, which no image holds
 
 
 class Objective:
     """Called with the network and a batch; returns the total loss and its parts, all on the device."""
 
-    def __init__(self, objects: Sequence[ObjectModel], config: LossConfig | None = None) -> None:
+    def __init__(
+        self,
+        objects: Sequence[ObjectModel],
+        config: LossConfig | None = None,
+        strangers: Strangers | None = None,
+    ) -> None:
         self.config = config or LossConfig()
+        if self.config.strangers and strangers is None:
+            raise ValueError(
+                f"loss.strangers = {self.config.strangers} given without other meshes to take them from; "
+                "name a folder of clutter, or set it to 0"
+            )
+        self.strangers = strangers
         self.matcher = HungarianMatcher()
         self.table = ObjectTable.of(objects)
         self.surfaces = torch.stack([surface_table(o) for o in objects])  # [M, P, 10]
@@ -66,6 +79,7 @@ class Objective:
         device = batch.images.device
         if self.surfaces.device != device:
             self.table, self.surfaces = self.table.to(device), self.surfaces.to(device)
+            self.strangers = self.strangers and self.strangers.to(device)
         height, width = batch.images.shape[-2:]
         boxes = pixels_to_unit(batch.boxes_xyxy.unflatten(-1, (2, 2)), (width, height)).flatten(-2)
         boxes = xyxy_to_cxcywh(boxes)
@@ -86,12 +100,16 @@ class Objective:
 
     def mesh_views(self, surface_points: int, anchor_count: int) -> MeshInputs:
         """Another sample of each surface at every step: other points, a little noise, now and then no
-        colours."""
-        meshes, points, _ = self.surfaces.shape
-        device = self.surfaces.device
+        colours; strangers, if any, come last."""
+        surfaces, diameters = self.surfaces, self.table.diameters
+        if self.strangers is not None:
+            more, sizes = self.strangers.draw(self.config.strangers)
+            surfaces, diameters = torch.cat([surfaces, more]), torch.cat([diameters, sizes])
+        meshes, points, _ = surfaces.shape
+        device = surfaces.device
         order = torch.rand(meshes, points, device=device).argsort(1)
         chosen = order[:, :surface_points, None].expand(-1, -1, 10)
-        surface = self.surfaces.gather(1, chosen).clone()
+        surface = surfaces.gather(1, chosen).clone()
         surface[..., :3] += 0.002 * torch.randn_like(surface[..., :3])
         gain = 1 + 0.2 * (torch.rand(meshes, 1, 1, device=device) - 0.5)
         shown = (torch.rand(meshes, 1, 1, device=device) >= self.config.colour_dropout).float()
@@ -101,9 +119,9 @@ class Objective:
         spread = (
             order.clone() if torch.rand(()) < 0.5 else torch.arange(points, device=device).expand(meshes, -1)
         )
-        anchors = self.surfaces.gather(1, spread[:, :anchor_count, None].expand(-1, -1, 10))[..., :9]
+        anchors = surfaces.gather(1, spread[:, :anchor_count, None].expand(-1, -1, 10))[..., :9]
         anchors = torch.cat([anchors[..., :6], anchors[..., 6:] * shown], -1)
-        return MeshInputs(surface, self.table.diameters, anchors)
+        return MeshInputs(surface, diameters, anchors)
 
     def detection_losses(self, outputs: TrainingOutputs, targets: Targets) -> dict[str, Tensor]:
         """L_D, summed over the decoder layers and the encoder's proposals, a matched object."""
@@ -277,12 +295,12 @@ class Objective:
         return laplace_nll(pairs.log_sigma.float().clamp(-6, 3), errors).sum(-1)
 
     def mesh_losses(self, outputs: TrainingOutputs) -> dict[str, Tensor]:
-        """L_M: points by the chamfer distance, scale and centre by L1."""
-        rebuilt, surface = outputs.rebuilt, self.surfaces[..., :3]
-        size = (rebuilt.log_diameter.float() - self.table.diameters.log()).abs()
-        centre = (rebuilt.centre.float() - surface.mean(1)).abs().sum(-1)
+        """L_M of the known meshes: points by the chamfer distance, scale and centre by L1."""
+        rebuilt, surface, known = outputs.rebuilt, self.surfaces[..., :3], len(self.surfaces)
+        size = (rebuilt.log_diameter[:known].float() - self.table.diameters.log()).abs()
+        centre = (rebuilt.centre[:known].float() - surface.mean(1)).abs().sum(-1)
         return {
-            "mesh/points": chamfer(rebuilt.points, surface).mean() * 10,
+            "mesh/points": chamfer(rebuilt.points[:known], surface).mean() * 10,
             "mesh/scale": size.mean(),
             "mesh/centre": centre.mean(),
         }

@@ -17,6 +17,7 @@ from smope.network_inputs import pad_to_multiple
 from smope.objects import ObjectModel
 from smope.scenes.assets import SceneAssets
 from smope.scenes.config import SceneConfig
+from smope.scenes.meshes import PreparedMesh
 from smope.scenes.stream import SceneStream
 from smope.train.loop import Stream, opened
 from smope.train.recipe import RunConfig
@@ -35,6 +36,7 @@ class Source:
     held_out: tuple[Batch, ...]  # on the device, without instances, depth and masks
     image_size: tuple[int, int]  # (width, height)
     K: Tensor  # [3, 3]
+    clutter: tuple[PreparedMesh, ...] = ()  # other objects that stand in the scenes
 
 
 def scene_source(
@@ -77,7 +79,7 @@ def scene_source(
         with opened(_padded_scenes(batches)) as iterator:
             held_out = tuple(_light(next(iterator)) for _ in range(count))
     K = torch.tensor([[config.fx, 0.0, config.cx], [0.0, config.fy, config.cy], [0.0, 0.0, 1.0]])
-    return Source(stream, held_out, (config.width, config.height), K)
+    return Source(stream, held_out, (config.width, config.height), K, own.clutter)
 
 
 def record_source(

@@ -1,0 +1,112 @@
+"""One pose from many correspondences: weighted Gauss-Newton on the reprojection error, with a prior.
+
+A step is (rotation vector in the camera's axes; lateral shift x, y over the diameter; log depth along the
+ray), each of which moves the projections by about its own size. Errors in the image are in apparent
+diameters, so that near and far objects weigh alike. Batched, and without a word to the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from roma import rotvec_to_rotmat
+from torch import Tensor
+
+from smope.geometry.projection import project
+from smope.geometry.solve import solve_spd
+from smope.networks.outputs import PoseEstimate
+from smope.networks.pose_head import focal_length
+
+LARGEST_STEP = 0.7  # a linear step is not to be trusted beyond about half a radian
+
+
+def fit_pose(
+    start: PoseEstimate,
+    points: Tensor,
+    pixels: Tensor,
+    weights: Tensor,
+    prior_step: Tensor,
+    prior_weight: Tensor,
+    diameters: Tensor,
+    K: Tensor,
+    steps: int,
+) -> PoseEstimate:
+    """The pose that takes `points` onto `pixels`, held near `start` moved by `prior_step`.
+
+    points [B, P, A, 3] of the centred mesh over its diameter, pixels [B, P, A, 2], weights [B, P, A], the
+    rest as for `gauss_newton_step`. Gradients go through the last step alone: at a solution they are those of
+    the solution itself (implicit function theorem), and the path that led there does not matter.
+    """
+    pose, moved = start.detach(), torch.zeros_like(prior_step)
+    for left in reversed(range(steps)):
+        given = (points, weights, prior_step, prior_weight)
+        p, w, step, stiffness = given if left == 0 else [x.detach() for x in given]
+        arms = (diameters[..., None, None] * p) @ pose.rotation.transpose(-1, -2)  # [B, P, A, 3] metres
+        uv = project(arms + pose.translation[..., None, :], K)
+        apparent = focal_length(K)[:, None] * diameters / pose.translation[..., 2].clamp(min=1e-2)
+        offsets = (pixels - uv) / apparent[..., None, None]
+        change = gauss_newton_step(pose, arms, offsets, w, step - moved, stiffness, diameters, K)
+        pose, moved = move(pose, change, diameters, K), moved + change
+        if left:
+            pose, moved = pose.detach(), moved.detach()
+    return pose
+
+
+def gauss_newton_step(
+    pose: PoseEstimate,
+    arms: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    prior_step: Tensor,
+    prior_weight: Tensor,
+    diameters: Tensor,
+    K: Tensor,
+) -> Tensor:
+    """The step [B, P, 6] that minimises mean_k w_k |du_k(step) - offset_k|^2 + |step - prior_step|^2, the
+    latter weighed by prior_weight.
+
+    arms [B, P, A, 3] rotated points, metres; offsets [B, P, A, 2] in apparent diameters; weights [B, P, A];
+    prior_step, prior_weight [B, P, 6]; diameters [B, P] metres; K [B, 3, 3].
+    """
+    t = pose.translation
+    depth = t[..., 2].clamp(min=1e-2)
+    points = arms + t[..., None, :]
+    z = points[..., 2].clamp(min=1e-2)
+    focal = K.diagonal(dim1=-2, dim2=-1)[:, None, None, :2]  # [B, 1, 1, 2]
+    # Pixels per metre of sideways motion, made dimensionless: apparent diameter = f D / depth.
+    gain = (
+        focal / z[..., None] * (depth / focal_length(K)[:, None])[..., None, None]
+    )  # [B, P, A, 2] times metres / D
+    along = points[..., :2] / z[..., None]  # [B, P, A, 2] X/Z, Y/Z
+
+    qx, qy, qz = (arms / diameters[..., None, None]).unbind(-1)
+    zero, one = torch.zeros_like(qx), torch.ones_like(qx)
+    tx, ty, tz = (t / diameters[..., None])[..., None, :].expand_as(arms).unbind(-1)
+    # Motion of a point for each of the six steps: omega x arm; the shifts; the ray.
+    motion_x = torch.stack([zero, qz, -qy, one, zero, tx], -1)
+    motion_y = torch.stack([-qz, zero, qx, zero, one, ty], -1)
+    motion_z = torch.stack([qy, -qx, zero, zero, zero, tz], -1)
+    row_x = gain[..., :1] * (motion_x - along[..., :1] * motion_z)
+    row_y = gain[..., 1:] * (motion_y - along[..., 1:] * motion_z)
+    jacobian = torch.stack([row_x, row_y], -2).flatten(-3, -2)  # [B, P, 2A, 6]
+
+    weight = (weights / weights.shape[-1])[..., None].expand_as(offsets).flatten(-2)  # [B, P, 2A]
+    weighted = jacobian * weight[..., None]
+    normal = weighted.transpose(-1, -2) @ jacobian + torch.diag_embed(prior_weight)
+    right = (weighted.transpose(-1, -2) @ offsets.flatten(-2)[..., None])[..., 0] + prior_weight * prior_step
+    step = solve_spd(normal, right)
+    return step / (step.abs().amax(-1, keepdim=True) / LARGEST_STEP).clamp(min=1.0)
+
+
+def move(pose: PoseEstimate, step: Tensor, diameters: Tensor, K: Tensor) -> PoseEstimate:
+    """The pose after a step [B, P, 6]"""
+    rotation = rotvec_to_rotmat(step[..., :3]) @ pose.rotation
+    shift = torch.cat([step[..., 3:5] * diameters[..., None], torch.zeros_like(step[..., :1])], -1)
+    translation = pose.translation * step[..., 5:].exp() + shift
+    return PoseEstimate(rotation, translation, project(translation, K))
+
+
+def prior_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 12] -> the step [..., 6] that a layer expects without looking at points, and how stiffly it is
+    held [..., 6]"""
+    return values[..., :6], F.softplus(values[..., 6:]) * 0.1 + 1e-4
