@@ -60,7 +60,7 @@ def play(monkeypatch: pytest.MonkeyPatch, cache: Path, load: Callable[..., None]
 def new_process() -> None:
     build._results.clear()
     build._told.clear()
-    build._load_binding.cache_clear()
+    build.load_binding.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -144,8 +144,7 @@ def run_backward(
         sums = torch.full(case.value[:1].shape, -7, dtype=torch.int64 if fixed else torch.float32)
     outputs = [pointer(t) for t in (case.grad, grad_value, grad_offsets, grad_logits)]
     images = 1 if sums is not None else case.value.shape[0]
-    log_sums = torch.empty(case.logits.shape[:3])
-    rest = [int(in_cells), pointer(largest), pointer(sums), pointer(log_sums), images, None]
+    rest = [int(in_cells), pointer(largest), pointer(sums), images, None]
     assert library.smope_msda_backward(*problem(case), *outputs, *rest) == 0
     return [grad_value, grad_offsets, grad_logits]
 

@@ -18,7 +18,7 @@ using at::Tensor;
 
 using Forward = int (*)(int, int, int, const int*, const void*, const float*, const void*, const void*, void*, void*);
 using Backward = int (*)(int, int, int, const int*, const void*, const float*, const void*, const void*, const void*,
-                         void*, void*, void*, int, const float*, void*, float*, int, void*);
+                         void*, void*, void*, int, const float*, void*, int, void*);
 struct Kernels {
     Forward forward;
     Backward backward;
@@ -113,13 +113,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
         sums = at::empty({images, call.value.numel() / call.batch}, call.value.options().dtype(kind));
         if (deterministic) largest = given.abs().max().to(at::kFloat);
     }
-    const Tensor log_sums = at::empty({call.batch, call.queries, call.heads}, call.reference.options());
     check(call.kernels.backward(
         call.batch, call.queries, call.boxes, call.shapes.data(), call.value.data_ptr(),
         call.reference.data_ptr<float>(), call.offsets.data_ptr(), call.logits.data_ptr(), given.data_ptr(),
         grad_value.data_ptr(), grad_offsets.data_ptr(), grad_logits.data_ptr(), in_cells,
         deterministic ? largest.data_ptr<float>() : nullptr, sums.defined() ? sums.data_ptr() : nullptr,
-        log_sums.data_ptr<float>(), images, c10::cuda::getCurrentCUDAStream().stream()));
+        images, c10::cuda::getCurrentCUDAStream().stream()));
     return {grad_value, grad_offsets, grad_logits};
 }
 
