@@ -37,13 +37,34 @@ from smope.ops import build, ms_deform_attn
 Kinds = tuple[torch.dtype, torch.dtype]  # of value and of offsets
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SECONDS = 0.25  # of repeats, for one figure
-# Settings of the kernels' sources that were tried: what nvcc is told.
+# Settings of the kernels' sources that were tried, by the cases that they concern: what nvcc is told.
 VARIANTS: dict[str, list[str]] = {
     "as it is": [],
-    "tile: 2 blocks a multiprocessor": ["-DSMOPE_TILE_BLOCKS=2"],
-    "tile: 4 blocks": ["-DSMOPE_TILE_BLOCKS=4"],
-    "tile 8x4, 6 blocks": ["-DSMOPE_TILE_HEIGHT=4", "-DSMOPE_TILE_BLOCKS=6", "-DSMOPE_TILE_CELLS=1792"],
+    "encoder: tile 2 blocks, forward clamped 4": [
+        "-DSMOPE_TILE_BLOCKS=2",
+        "-DSMOPE_FORWARD_CLAMP",
+        "-DSMOPE_FORWARD_BLOCKS=4",
+    ],
+    "encoder: tile 4 blocks, forward clamped 5": [
+        "-DSMOPE_TILE_BLOCKS=4",
+        "-DSMOPE_FORWARD_CLAMP",
+        "-DSMOPE_FORWARD_BLOCKS=5",
+    ],
+    "encoder: tile 8x4, forward 5": [
+        "-DSMOPE_TILE_HEIGHT=4",
+        "-DSMOPE_TILE_BLOCKS=6",
+        "-DSMOPE_TILE_CELLS=1792",
+        "-DSMOPE_FORWARD_BLOCKS=5",
+    ],
+    "decoder: never split": ["-DSMOPE_SCARCE=0"],
+    "decoder: split in 2": ["-DSMOPE_SPLIT=2", "-DSMOPE_SCARCE=(1<<19)"],
+    "decoder: split in 4": ["-DSMOPE_SPLIT=4", "-DSMOPE_SCARCE=(1<<19)"],
+    "decoder: split in 8": ["-DSMOPE_SPLIT=8", "-DSMOPE_SCARCE=(1<<19)"],
 }
+
+
+def concerns(setting: str, case: Case) -> bool:
+    return ":" not in setting or setting.split(":")[0] in case.name
 
 
 # ------------------------------------------------ times
@@ -198,14 +219,15 @@ def kernel_for(case: Case, kinds: Kinds) -> build.Kernel:
 def compile_ahead(only: str, quick: bool, settings: list[str]) -> None:
     """Every kernel of the table with each of the settings, in as many processes."""
     wanted = {
-        (str(len(case.shapes)), *(NAMES[k] for k in kinds))
+        (str(len(case.shapes)), *(NAMES[k] for k in kinds), name)
         for case in CASES
         for kinds in kinds_of(case, "smope", quick)
-        if only in case.name
+        for name in settings
+        if only in case.name and concerns(name, case)
     }
     command = [sys.executable, __file__, "--compile"]
     jobs = [subprocess.Popen([*command, "binding"])]
-    jobs += [subprocess.Popen([*command, *sizes, name]) for sizes in wanted for name in settings]
+    jobs += [subprocess.Popen([*command, *what]) for what in sorted(wanted)]
     failures = [job.args for job in jobs if job.wait() != 0]
     if failures:
         raise SystemExit(f"not compiled: {failures}")
@@ -239,15 +261,16 @@ def compare_variants(only: str, names: list[str]) -> list[str]:
     table: dict[str, list[str]] = {name: [] for name in names}
     for case, kinds in columns:
         sets, known = make_sets(case, kinds), dict[int, Exact]()
-        for name in table:
+        for name, cells in table.items():
+            if not concerns(name, case):
+                cells.append("")
+                continue
             use_variant(kernel_for(case, kinds), VARIANTS[name])
-            worst = max(
-                errors(ms_deform_attn, sets[0], known=known)[key] for key in ("output", "value", "logits")
-            )
+            found = errors(ms_deform_attn, sets[0], known=known)
+            worst = max(found[key] for key in ("output", "value", "logits"))
             forward = graph_ms(lambda x: run_forward(ms_deform_attn, x), sets, 0.1)
             both = graph_ms(lambda x: gradients(ms_deform_attn, x), sets, 0.1)
-            table[name].append(f"{forward:.4f} / {both:.4f} ({worst:.0e})")
-            print(f"{case.name}, {NAMES[kinds[0]]}: {name}: {table[name][-1]}", flush=True)
+            cells.append(f"{forward:.4f} / {both:.4f} ({worst:.0e})")
         torch.cuda.empty_cache()
     heads = [f"{case.name}, {NAMES[kinds[0]]}" for case, kinds in columns]
     lines = ["| setting | " + " | ".join(heads) + " |", "| --- " * (1 + len(heads)) + "|"]

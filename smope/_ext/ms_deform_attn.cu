@@ -22,7 +22,13 @@ template <int kSplit>
 using Split = smope::Layout<Value, Offset, SMOPE_HEADS, SMOPE_HEAD, SMOPE_LEVELS, SMOPE_POINTS, kSplit>;
 using Layout = Split<1>;
 // Where there are few queries: several groups of lanes share the points of one, so that more loads are in flight.
-constexpr int kMostSplit = Layout::kLanes < 8 ? 4 : 32 / Layout::kLanes;
+#ifndef SMOPE_SPLIT
+#define SMOPE_SPLIT 4
+#endif
+#ifndef SMOPE_SCARCE
+#define SMOPE_SCARCE (1 << 17)
+#endif
+constexpr int kMostSplit = Layout::kLanes * SMOPE_SPLIT <= 32 ? SMOPE_SPLIT : 32 / Layout::kLanes;
 using Tiles = smope::Tiles<SMOPE_LEVELS>;
 using Gradients = smope::Gradients<Value>;
 
@@ -35,7 +41,7 @@ dim3 grid_of(const Problem& p, int threads, int team) {
 
 // Few queries are spread over all multiprocessors, by shared work and small blocks.
 bool scarce(const Problem& p) {
-    return static_cast<long long>(p.batch) * p.queries * Layout::kHeads * Layout::kLanes < (1 << 17);
+    return static_cast<long long>(p.batch) * p.queries * Layout::kHeads * Layout::kLanes < SMOPE_SCARCE;
 }
 
 Problem problem_of(int batch, int queries, int boxes, const int* shapes, const void* value, const float* reference,
