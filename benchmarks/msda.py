@@ -47,6 +47,8 @@ VARIANTS: dict[str, list[str]] = {
     ],
     "encoder: tile 4 blocks, forward clamped 5": [
         "-DSMOPE_TILE_BLOCKS=4",
+        "-DSMOPE_TILE_CHUNKS=1280",
+        "-DSMOPE_TILE_CELLS=2048",
         "-DSMOPE_FORWARD_CLAMP",
         "-DSMOPE_FORWARD_BLOCKS=5",
     ],
@@ -57,9 +59,12 @@ VARIANTS: dict[str, list[str]] = {
         "-DSMOPE_FORWARD_BLOCKS=5",
     ],
     "decoder: never split": ["-DSMOPE_SCARCE=0"],
-    "decoder: split in 2": ["-DSMOPE_SPLIT=2", "-DSMOPE_SCARCE=(1<<19)"],
-    "decoder: split in 4": ["-DSMOPE_SPLIT=4", "-DSMOPE_SCARCE=(1<<19)"],
-    "decoder: split in 8": ["-DSMOPE_SPLIT=8", "-DSMOPE_SCARCE=(1<<19)"],
+    "decoder: split in 2": ["-DSMOPE_SPLIT=2", "-DSMOPE_SCARCE=524288"],
+    "decoder: split in 4": ["-DSMOPE_SPLIT=4", "-DSMOPE_SCARCE=524288"],
+    "decoder: split in 8": ["-DSMOPE_SPLIT=8", "-DSMOPE_SCARCE=524288"],
+    "decoder: never gathered": ["-DSMOPE_GATHER_QUERIES=0"],
+    "decoder: gathered by 2 blocks": ["-DSMOPE_GATHER_BLOCKS=2"],
+    "decoder: gathered by 8 blocks": ["-DSMOPE_GATHER_BLOCKS=8"],
 }
 
 

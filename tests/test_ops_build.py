@@ -23,6 +23,7 @@ class Library:
     registered: ClassVar[list[tuple[Any, ...]]] = []
     smope_msda_forward = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
     smope_msda_backward = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+    smope_msda_scratch = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 
     def __init__(self, path: str) -> None:
         assert Path(path).exists()

@@ -66,6 +66,8 @@ __device__ inline void reduce_transposed(float (&x)[kCount][4], int lane) {
     }
 }
 
+struct Nothing {};  // for Sum: the gradient of value is not wanted
+
 template <class Value>
 struct Gradients {
     const Value* output;   // given: [B, Q, H, D]
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(128)
         const Offset* logits = static_cast<const Offset*>(p.logits) + pair * L::kSamples;
         const long long first = batch * p.cells * L::kStride + head * L::kHead + (owns ? lane * L::kVec : 0);
         const Value* value = static_cast<const Value*>(p.value) + first;
-        Sum* grad_value = static_cast<Sum*>(grad.value) + first;
+        Sum* grad_value = static_cast<Sum*>(grad.value) + first;  // not touched if Sum is Nothing
 
         float given[L::kVec] = {};
         if (owns) unpack(*reinterpret_cast<const uint4*>(grad.output + pair * L::kHead + lane * L::kVec), given, Value{});
@@ -140,7 +142,8 @@ __global__ void __launch_bounds__(128)
                         if (owns && (corners >> c & 1)) raw[c] = *reinterpret_cast<const uint4*>(value + at[c]);
 #pragma unroll
                     for (int c = 0; c < 4; ++c) {
-                        add_to(owns && (corners >> c & 1), grad_value + at[c], given, w[c], scale);
+                        if constexpr (sizeof(Sum) >= sizeof(float))
+                            add_to(owns && (corners >> c & 1), grad_value + at[c], given, w[c], scale);
                         float x[L::kVec];
                         unpack(raw[c], x, Value{});
 #pragma unroll

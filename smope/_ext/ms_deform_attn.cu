@@ -9,6 +9,7 @@
 #include "backward.cuh"
 #include "common.cuh"
 #include "forward.cuh"
+#include "gather.cuh"
 #include "tile.cuh"
 
 namespace {
@@ -123,7 +124,8 @@ void launch_forward(const Problem& p, int threads, Value* output, cudaStream_t s
     SMOPE_LAUNCH(kernel, grid_of(p, threads, Split<kSplit>::kTeam), threads, 0, stream, p, output);
 }
 
-// `images` of the batch at a time: their sums are small enough to stay in the L2 cache until they are rounded.
+// `images` of the batch at a time: their sums are small enough to stay in the L2 cache until they are rounded. Without
+// `sums` (null: fp32) they are added up in grad_value.
 template <class Sum>
 void sweep(const Problem& p, const Gradients& grad, Value* grad_value, void* sums, int images, cudaStream_t stream) {
     const long long cells = p.cells * Layout::kStride;
@@ -137,8 +139,6 @@ void sweep(const Problem& p, const Gradients& grad, Value* grad_value, void* sum
         cudaMemsetAsync(out.value, 0, count * sizeof(Sum), stream);
         if (tile)
             launch_tiles(part, out, stream);
-        else if (scarce(p))
-            launch_backward<Sum, kMostSplit>(part, out, 64, stream);
         else
             launch_backward<Sum, 1>(part, out, 128, stream);
         if (sums != nullptr) {
@@ -147,6 +147,49 @@ void sweep(const Problem& p, const Gradients& grad, Value* grad_value, void* sum
             SMOPE_LAUNCH(round, static_cast<int>(blocks < 4096 ? blocks : 4096), 256, 0, stream,
                          static_cast<const Sum*>(sums), rounded, count, grad.largest, p.queries);
         }
+    }
+}
+
+#if SMOPE_LEVELS <= 8 && SMOPE_POINTS <= 8
+// Whether queries are so few that cells look for their corners rather than corners add to their cells.
+#ifndef SMOPE_GATHER_QUERIES
+#define SMOPE_GATHER_QUERIES 2048
+#endif
+bool gathers(const Problem& p) { return p.queries <= SMOPE_GATHER_QUERIES && p.queries * 8ll <= p.cells; }
+
+void launch_gather(const Problem& p, const Gradients& grad, void* entries, cudaStream_t stream) {
+    using Gather = smope::Gather<Layout>;
+    int device = 0, processors = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+#ifndef SMOPE_GATHER_BLOCKS
+#define SMOPE_GATHER_BLOCKS 4
+#endif
+    // About as many blocks as run at a time.
+    const long long wanted = SMOPE_GATHER_BLOCKS * processors / (static_cast<long long>(p.batch) * Layout::kHeads);
+    const int cells = static_cast<int>(p.cells), least = smope::ceil_div(cells, Gather::kMostCells);
+    const int range = smope::ceil_div(cells, wanted > least ? static_cast<int>(wanted) : least);
+    const dim3 grid(smope::ceil_div(cells, range), Layout::kHeads, batch_blocks(p));
+    const int bytes = (range + 2 * Gather::kWarps) * sizeof(unsigned) + sizeof(float4);
+    auto kernel = smope::gather_kernel<Layout>;
+    SMOPE_LAUNCH(kernel, grid, Gather::kThreads, bytes, stream, p, grad, static_cast<smope::Entry*>(entries), range);
+}
+#else
+bool gathers(const Problem&) { return false; }
+void launch_gather(const Problem&, const Gradients&, void*, cudaStream_t) {}
+#endif
+
+// `images` of the batch at a time.
+void gather(const Problem& p, const Gradients& grad, Value* grad_value, void* entries, int images, cudaStream_t stream) {
+    for (int first = 0; first < p.batch; first += images) {
+        const Problem part = slice(p, first, first + images < p.batch ? images : p.batch - first);
+        Gradients out = slice(p, grad, first);
+        out.value = grad_value + first * p.cells * Layout::kStride;
+        launch_gather(part, out, entries, stream);
+        if (scarce(p))
+            launch_backward<smope::Nothing, kMostSplit>(part, out, 64, stream);
+        else
+            launch_backward<smope::Nothing, 1>(part, out, 128, stream);
     }
 }
 
@@ -165,21 +208,33 @@ int smope_msda_forward(int batch, int queries, int boxes, const int* shapes, con
     return cudaGetLastError();
 }
 
-// `sums` holds `images` images' sums: null to add straight into grad_value (fp32 only), floats where `largest` is
-// null, and 64-bit whole numbers where it points to the largest |grad_output| (deterministic).
+// Bytes that the backward needs of `scratch` for each image that it takes at a time.
+long long smope_msda_scratch(int queries, const int* shapes, int deterministic) {
+    const Problem p = problem_of(1, queries, 0, shapes, nullptr, nullptr, nullptr, nullptr);
+    const long long values = p.cells * Layout::kStride;
+    if (deterministic) return values * sizeof(long long);
+    if (gathers(p)) return 4ll * Layout::kHeads * queries * Layout::kSamples * sizeof(smope::Entry);
+    return sizeof(Value) == sizeof(float) ? 0 : values * sizeof(float);
+}
+
+// `largest` points to the largest |grad_output| in deterministic runs, and is null in others. `scratch` is for `images`
+// images at a time.
 int smope_msda_backward(int batch, int queries, int boxes, const int* shapes, const void* value,
                         const float* reference, const void* offsets, const void* logits, const void* grad_output,
                         void* grad_value, void* grad_offsets, void* grad_logits, int in_cells, const float* largest,
-                        void* sums, int images, void* stream) {
+                        void* scratch, int images, void* stream) {
     const Problem p = problem_of(batch, queries, boxes, shapes, value, reference, offsets, logits);
     Gradients grad = {};
     grad.output = static_cast<const Value*>(grad_output);
     grad.offsets = grad_offsets, grad.logits = grad_logits, grad.in_cells = in_cells, grad.largest = largest;
     Value* to = static_cast<Value*>(grad_value);
+    const auto queue = static_cast<cudaStream_t>(stream);
     if (largest != nullptr)
-        sweep<long long>(p, grad, to, sums, images, static_cast<cudaStream_t>(stream));
+        sweep<long long>(p, grad, to, scratch, images, queue);
+    else if (gathers(p))
+        gather(p, grad, to, scratch, images, queue);
     else
-        sweep<float>(p, grad, to, sums, images, static_cast<cudaStream_t>(stream));
+        sweep<float>(p, grad, to, scratch, images, queue);
     return cudaGetLastError();
 }
 

@@ -2,69 +2,24 @@
 // adding every corner's row to memory (backward_kernel) is bound by the rate at which the L2 cache can add. So a block
 // takes one head of a tile of queries and
 //   1. prepares the points, a thread for each (query, level),
-//   2. sorts their corners by cell, by counting in shared memory,
-//   3. walks the sorted corners, a stretch for each group of lanes: a cell's row of value is read once, and its gradient
-//      added to memory once,
+//   2. sorts their corners by cell, by counting in shared memory, into chunks of four corners of one cell,
+//   3. walks the chunks, a stretch for each group of lanes: a cell's row of value is read once, and its gradient added
+//      to memory once,
 //   4. hands each corner's product <grad_output, value> back to its thread, for the gradients of offsets and logits.
-// Counters cover a window of cells in each level, around the tile's own corners; a corner beyond is a row of its own.
+// Counters cover a window of cells in each level, around the tile's own corners; a corner beyond is a chunk of its own.
+// Steps 3 and 4 are repeated where there are more chunks than shared memory holds.
 #pragma once
 
-#include "backward.cuh"
+#include "walk.cuh"
 
 namespace smope {
 
-template <int kLevels>
-struct Tiles {
-    int first[kLevels + 1];  // of each level of queries, the first tile; then their number
-    int columns[kLevels];    // tiles in a row
-};
-
-struct Window {
-    int left, top, width, height;  // cells of a level
-};
-
-template <class L_>
-struct Tile {
-    using L = L_;
-#ifndef SMOPE_TILE_WIDTH
-#define SMOPE_TILE_WIDTH 8
-#endif
-#ifndef SMOPE_TILE_HEIGHT
-#define SMOPE_TILE_HEIGHT 8
-#endif
-    static constexpr int kWidth = SMOPE_TILE_WIDTH, kHeight = SMOPE_TILE_HEIGHT;
-    static constexpr int kQueries = kWidth * kHeight;
-    static constexpr int kThreads = kQueries * L::kLevels;
-    static constexpr int kWarps = kThreads / 32;
-    static constexpr int kCorners = kQueries * L::kSamples * 4;
-    static constexpr int kLanes = L::kHead / 8;  // of a group: 8 channels a lane
-    static constexpr int kGroups = kThreads / kLanes;
-#ifndef SMOPE_TILE_CELLS
-#define SMOPE_TILE_CELLS 3072
-#endif
-    static constexpr int kCells = SMOPE_TILE_CELLS;  // counters
-#ifndef SMOPE_TILE_BLOCKS
-#define SMOPE_TILE_BLOCKS 3
-#endif
-    static constexpr int kBlocks = kThreads <= 256 ? SMOPE_TILE_BLOCKS : 1;  // of a multiprocessor, at least
-    static_assert(kQueries % 32 == 0, "a warp's threads have one level");
-
-    struct Shared {
-        float weights[kCorners + 4];                // of the sorted corners; then their products
-        unsigned keys[kCorners + 4];                // of the sorted corners: row << 16 | query
-        int rows[kCorners];                         // their cells
-        float given[(kQueries + 1) * L::kHead];     // the queries' grad_output, and a row of zeros
-        unsigned counts[kCells + 1];                // last: corners outside the windows
-        float tops[L::kLevels][kQueries], sums[L::kLevels][kQueries];  // of the softmax; sums of weight * slope
-        int boxes[kWarps][8];
-        Window windows[L::kLevels];
-        int middles[L::kLevels][2];
-        unsigned totals[kWarps];
-    };
-};
-
 // Minimum of x[0 .. 3] and sum of x[4 .. 7] over the warp.
 __device__ inline void warp_min_and_sum(int (&x)[8]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && !defined(SMOPE_PORTABLE)
+#pragma unroll
+    for (int k = 0; k < 8; ++k) x[k] = k < 4 ? __reduce_min_sync(kAllLanes, x[k]) : __reduce_add_sync(kAllLanes, x[k]);
+#else
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
 #pragma unroll
@@ -73,6 +28,7 @@ __device__ inline void warp_min_and_sum(int (&x)[8]) {
             x[k] = k < 4 ? min(x[k], other) : x[k] + other;
         }
     }
+#endif
 }
 
 // grad.value: floats, [B, S, H, D], cleared.
@@ -112,7 +68,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
             if (query >= 0) load_run(grad.output + ((batch_row + query) * L::kHeads + head) * L::kHead + channel, x);
             store16(shared.given + i * 4, x);
         }
-        for (int i = threadIdx.x; i <= T::kCells; i += T::kThreads) shared.counts[i] = 0;
+        for (int i = threadIdx.x; i <= T::kCells / 4; i += T::kThreads)
+            reinterpret_cast<uint4*>(shared.counts)[i] = make_uint4(0, 0, 0, 0);
 
         const bool exists = query_at(place) >= 0;
         const long long query = batch_row + (exists ? query_at(place) : p.start[of]);
@@ -200,25 +157,41 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
                                              window.top + window.height - limit));
             window.height = limit;
         }
-        const auto counter_of = [&](int k, int c) {
-            const int x = column[k] + c % 2 - window.left, y = line[k] + c / 2 - window.top;
-            const bool inside = x >= 0 && x < window.width && y >= 0 && y < window.height;
-            return inside ? first + y * window.width + x : T::kCells;
-        };
-        unsigned rank[kPoints][4];  // among the corners of its cell
+        const bool clipped = window.width < shared.windows[level].width || window.height < shared.windows[level].height;
+        int where[kPoints], counter[kPoints];  // cell and counter of a point's upper left corner
 #pragma unroll
         for (int k = 0; k < kPoints; ++k) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c)
-                if (corners >> (4 * k + c) & 1) rank[k][c] = atomicAdd(&shared.counts[counter_of(k, c)], 1u);
+            where[k] = p.start[level] + line[k] * w + column[k];
+            counter[k] = first + (line[k] - window.top) * window.width + column[k] - window.left;
         }
+        const auto counter_of = [&](int k, int c, auto may_stray) {  // kCells for a stray
+            if (may_stray.value) {
+                const int x = column[k] + c % 2 - window.left, y = line[k] + c / 2 - window.top;
+                if (x < 0 || x >= window.width || y < 0 || y >= window.height) return T::kCells;
+            }
+            return counter[k] + c % 2 + c / 2 * window.width;
+        };
+        unsigned ats[kPoints][2] = {};  // of each corner, 16 bits: first its rank in its cell, then its place in the list
+        const auto count = [&](auto may_stray) {
+#pragma unroll
+            for (int k = 0; k < kPoints; ++k) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c)
+                    if (corners >> (4 * k + c) & 1)
+                        ats[k][c / 2] |= atomicAdd(&shared.counts[counter_of(k, c, may_stray)], 1u) << 16 * (c % 2);
+            }
+        };
+        if (clipped)
+            count(Flag<true>());
+        else
+            count(Flag<false>());
         __syncthreads();
 
-        // From counts to where each cell's corners begin: row << 16 | place.
+        // From counts to each cell's first chunk.
         const int share = ceil_div(cells, T::kThreads) | 1;  // odd: no two threads of a warp meet in a bank
         const int begin_cell = min(static_cast<int>(threadIdx.x) * share, cells), end_cell = min(begin_cell + share, cells);
         unsigned own = 0;
-        for (int i = begin_cell; i < end_cell; ++i) own += shared.counts[i] | (shared.counts[i] != 0 ? 1u << 16 : 0u);
+        for (int i = begin_cell; i < end_cell; ++i) own += (shared.counts[i] + 3) / 4;
         unsigned before = own;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
@@ -236,133 +209,81 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
         for (int i = begin_cell; i < end_cell; ++i) {
             const unsigned count = shared.counts[i];
             shared.counts[i] = before;
-            before += count | (count != 0 ? 1u << 16 : 0u);
+            before += (count + 3) / 4;
         }
-        const int strays = static_cast<int>(shared.counts[T::kCells]);
-        const int all = static_cast<int>(inside & 0xffff) + strays, all_rows = static_cast<int>(inside >> 16) + strays;
-        __syncthreads();
-        unsigned ats[kPoints][2] = {};  // the corners' places in the sorted list, 16 bits each
-#pragma unroll
-        for (int k = 0; k < kPoints; ++k) {
-            const float down = weight[k] * ly[k], up = weight[k] - down;
-            const float part[4] = {up - up * lx[k], up * lx[k], down - down * lx[k], down * lx[k]};
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                if (!(corners >> (4 * k + c) & 1)) continue;
-                const int counter = counter_of(k, c);
-                const bool stray = counter == T::kCells;
-                const unsigned start = stray ? inside : shared.counts[counter];
-                const unsigned row = (start >> 16) + (stray ? rank[k][c] : 0);
-                if (stray || rank[k][c] == 0)
-                    shared.rows[row] = p.start[level] + (line[k] + c / 2) * w + column[k] + c % 2;
-                const unsigned at = (start & 0xffff) + rank[k][c];
-                shared.weights[at] = part[c];
-                shared.keys[at] = row << 16 | place;
-                ats[k][c / 2] |= at << 16 * (c % 2);
+        const int all = static_cast<int>(inside + shared.counts[T::kCells]);
+        const auto clear = [&](int chunks) {  // corners of no weight, of the query of zeros
+            for (int i = threadIdx.x; i < min(chunks, T::kChunks); i += T::kThreads) {
+                shared.weights[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+                shared.queries[i] = 0x01010101u * T::kQueries;
             }
-        }
-        if (threadIdx.x < 4) {  // fills the last four corners up
-            shared.weights[all + threadIdx.x] = 0.f;
-            shared.keys[all + threadIdx.x] = static_cast<unsigned>(all_rows - 1) << 16 | T::kQueries;
-        }
+        };
+        clear(all);
         __syncthreads();
-
-        // ---- 3. Each group of lanes takes the next `stretch` corners of the list, four at a time.
-        {
-            const int group = threadIdx.x / T::kLanes, lane = threadIdx.x % T::kLanes;
-            const int stretch = (ceil_div(all, 4 * T::kGroups) | 1) * 4;
-            const int begin = group * stretch, end = min(begin + stretch, all);
-            // A lane's channels: four of each half of the head; every other group begins with the upper half, so that
-            // two groups that read together meet in no bank.
-            const int channel = 4 * lane + (group % 2) * (L::kHead / 2), other = channel ^ (L::kHead / 2);
-            const long long image = batch * p.cells * L::kStride + head * L::kHead;
-            const Value* value = static_cast<const Value*>(p.value) + image;
-            float* grad_value = static_cast<float*>(grad.value) + image;
-            struct alignas(4 * sizeof(Value)) Four {
-                Value items[4];
-            };
-            Four next_low = {}, next_high = {};
-            const auto prefetch = [&](int row) {
-                const Value* at = value + static_cast<long long>(shared.rows[min(row, all_rows - 1)]) * L::kStride;
-                next_low = *reinterpret_cast<const Four*>(at + channel);
-                next_high = *reinterpret_cast<const Four*>(at + other);
-            };
-            float low[4] = {}, high[4] = {};  // of the row at hand
-            const auto take_next = [&] {
+        const auto find = [&](auto may_stray) {
 #pragma unroll
-                for (int k = 0; k < 4; ++k) low[k] = to_float(next_low.items[k]), high[k] = to_float(next_high.items[k]);
-            };
-            float sum_low[4] = {}, sum_high[4] = {};
-            int row = 0;
-            if (begin < end) {
-                row = static_cast<int>(shared.keys[begin] >> 16);
-                prefetch(row);
-                take_next();
-                prefetch(row + 1);
-            }
-            const auto add_row = [&] {
-                float* at = grad_value + static_cast<long long>(shared.rows[row]) * L::kStride;
-                add_to(true, at + channel, sum_low, 1.f, 1.f);
-                add_to(true, at + other, sum_high, 1.f, 1.f);
-            };
-            for (int step = 0; step < stretch; step += 4) {
-                const bool active = begin + step < end;
-                float dot[4] = {};
-                if (active) {
-                    const uint4 keys = *reinterpret_cast<const uint4*>(shared.keys + begin + step);
-                    const float4 weights = *reinterpret_cast<const float4*>(shared.weights + begin + step);
-                    const unsigned key[4] = {keys.x, keys.y, keys.z, keys.w};
-                    const float part[4] = {weights.x, weights.y, weights.z, weights.w};
+            for (int k = 0; k < kPoints; ++k) {
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        if (static_cast<int>(key[j] >> 16) != row) {  // the next one
-                            add_row();
-                            ++row;
-                            take_next();
-                            prefetch(row + 1);
-#pragma unroll
-                            for (int k = 0; k < 4; ++k) sum_low[k] = sum_high[k] = 0.f;
-                        }
-                        const float* given = shared.given + (key[j] & 0xffff) * L::kHead;
-                        const float4 a = *reinterpret_cast<const float4*>(given + channel);
-                        const float4 b = *reinterpret_cast<const float4*>(given + other);
-                        const float x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-                        for (int k = 0; k < 4; ++k) {
-                            dot[j] += low[k] * x[k] + high[k] * y[k];
-                            sum_low[k] += part[j] * x[k];
-                            sum_high[k] += part[j] * y[k];
-                        }
-                    }
+                for (int c = 0; c < 4; ++c) {
+                    if (!(corners >> (4 * k + c) & 1)) continue;
+                    const int mine = counter_of(k, c, may_stray), shift = 16 * (c % 2);
+                    if (may_stray.value && mine == T::kCells)  // 4 * (inside + rank)
+                        ats[k][c / 2] += (4 * inside + 3 * (ats[k][c / 2] >> shift & 0xffff)) << shift;
+                    else
+                        ats[k][c / 2] += 4 * shared.counts[mine] << shift;
                 }
-                // Lane j of every four ends with the product of corner j.
-                const bool second = lane & 2, odd = lane & 1;
-                float even_sum = second ? dot[2] : dot[0], odd_sum = second ? dot[3] : dot[1];
-                even_sum += __shfl_xor_sync(kAllLanes, second ? dot[0] : dot[2], 2);
-                odd_sum += __shfl_xor_sync(kAllLanes, second ? dot[1] : dot[3], 2);
-                float product = (odd ? odd_sum : even_sum) + __shfl_xor_sync(kAllLanes, odd ? even_sum : odd_sum, 1);
-#pragma unroll
-                for (int far = 4; far < T::kLanes; far *= 2) product += __shfl_xor_sync(kAllLanes, product, far);
-                __syncwarp();  // all lanes have read the weights
-                if (active && lane < 4) shared.weights[begin + step + lane] = product;
             }
-            if (begin < end) add_row();
+        };
+        if (clipped)
+            find(Flag<true>());
+        else
+            find(Flag<false>());
+
+        float total[kPoints][4] = {};  // of each corner: <grad_output, value>
+        for (int done = 0; done < all; done += T::kChunks) {
+            const int chunks = min(all - done, T::kChunks);
+            // The place of a corner in this part of the list, or at least 4 * kChunks.
+            const auto place_of = [&](int k, int c) {
+                return corners >> (4 * k + c) & 1 ? (ats[k][c / 2] >> 16 * (c % 2) & 0xffff) - 4u * done : ~0u;
+            };
+            if (done > 0) {
+                __syncthreads();
+                clear(chunks);
+                __syncthreads();
+            }
+#pragma unroll
+            for (int k = 0; k < kPoints; ++k) {
+                const float down = weight[k] * ly[k], up = weight[k] - down;
+                const float part[4] = {up - up * lx[k], up * lx[k], down - down * lx[k], down * lx[k]};
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const unsigned at = place_of(k, c);
+                    if (at >= 4u * T::kChunks) continue;
+                    reinterpret_cast<float*>(shared.weights)[at] = part[c];
+                    reinterpret_cast<unsigned char*>(shared.queries)[at] = static_cast<unsigned char>(place);
+                    if (at % 4 == 0) shared.cells[at / 4] = where[k] + c % 2 + c / 2 * w;
+                }
+            }
+            __syncthreads();
+            walk<T>(p, grad, shared, batch, chunks);
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < kPoints; ++k) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const unsigned at = place_of(k, c);
+                    if (at < 4u * T::kChunks) total[k][c] = reinterpret_cast<const float*>(shared.weights)[at];
+                }
+            }
         }
-        __syncthreads();
 
         // ---- 4. Back to a thread for each (query, level).
         float slope[kPoints], along = 0.f;
         float gradient[2 * kPoints];
 #pragma unroll
         for (int k = 0; k < kPoints; ++k) {
-            float total[4];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                const unsigned at = ats[k][c / 2] >> 16 * (c % 2) & 0xffff;
-                total[c] = corners >> (4 * k + c) & 1 ? shared.weights[at] : 0.f;
-            }
-            const float left = total[1] - total[0], right = total[3] - total[2];
-            const float above = total[0] + lx[k] * left, under = total[2] + lx[k] * right;
+            const float left = total[k][1] - total[k][0], right = total[k][3] - total[k][2];
+            const float above = total[k][0] + lx[k] * left, under = total[k][2] + lx[k] * right;
             slope[k] = above + ly[k] * (under - above);
             along += weight[k] * slope[k];
             gradient[2 * k] = weight[k] * (left + ly[k] * (right - left)) * (grad.in_cells ? 1.f : scale_x);

@@ -259,7 +259,7 @@ def _load_kernel(kernel: Kernel, retry: bool) -> None:
 
 def register(kernel: Kernel, library: ctypes.CDLL) -> None:
     """The operator takes this library for the kernel's shapes and types from now on."""
-    functions = (library.smope_msda_forward, library.smope_msda_backward)
+    functions = (library.smope_msda_forward, library.smope_msda_backward, library.smope_msda_scratch)
     entries = [ctypes.cast(function, ctypes.c_void_p) for function in functions]
     types = (_SCALAR_TYPE[kernel.value], _SCALAR_TYPE[kernel.offset])
     load_binding().smope_register(kernel.heads, kernel.head, kernel.levels, kernel.points, *types, *entries)
