@@ -254,15 +254,15 @@ def _load_kernel(kernel: Kernel, retry: bool) -> None:
     sources = [SOURCES / "ms_deform_attn.cu", *sorted(SOURCES.glob("*.cuh"))]
     flags = [*kernel.defines, "-O3"]
     flags += architecture_flags()
-    register(kernel, ctypes.CDLL(str(compiled_library(kernel.label, sources, flags, retry))))
+    register(kernel, ctypes.CDLL(str(compiled_library(kernel.label, sources, flags, retry))), retry)
 
 
-def register(kernel: Kernel, library: ctypes.CDLL) -> None:
+def register(kernel: Kernel, library: ctypes.CDLL, retry: bool = False) -> None:
     """The operator takes this library for the kernel's shapes and types from now on."""
     functions = (library.smope_msda_forward, library.smope_msda_backward, library.smope_msda_scratch)
     entries = [ctypes.cast(function, ctypes.c_void_p) for function in functions]
     types = (_SCALAR_TYPE[kernel.value], _SCALAR_TYPE[kernel.offset])
-    load_binding().smope_register(kernel.heads, kernel.head, kernel.levels, kernel.points, *types, *entries)
+    load_binding(retry).smope_register(kernel.heads, kernel.head, kernel.levels, kernel.points, *types, *entries)
 
 
 @functools.cache
