@@ -262,7 +262,9 @@ def register(kernel: Kernel, library: ctypes.CDLL, retry: bool = False) -> None:
     functions = (library.smope_msda_forward, library.smope_msda_backward, library.smope_msda_scratch)
     entries = [ctypes.cast(function, ctypes.c_void_p) for function in functions]
     types = (_SCALAR_TYPE[kernel.value], _SCALAR_TYPE[kernel.offset])
-    load_binding(retry).smope_register(kernel.heads, kernel.head, kernel.levels, kernel.points, *types, *entries)
+    load_binding(retry).smope_register(
+        kernel.heads, kernel.head, kernel.levels, kernel.points, *types, *entries
+    )
 
 
 @functools.cache
