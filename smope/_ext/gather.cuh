@@ -90,7 +90,7 @@ struct ListCorners {
 
 // grad.value: of Value, all of it written. entries: of each image and head, queries * kSamples * 4.
 template <class L>
-__global__ void __launch_bounds__(Gather<L>::kThreads)
+__global__ void __launch_bounds__(Gather<L>::kThreads, 4)
     gather_kernel(const __grid_constant__ Problem<L::kLevels> p,
                   const __grid_constant__ Gradients<typename L::Value> grad, Entry* entries, int range) {
     using Value = typename L::Value;
