@@ -1,8 +1,11 @@
 """Deformable attention: our kernel, grid_sample and every peer that imports, on the same tensors in one run.
 
-    python benchmarks/msda.py --check       correctness alone, exit status 1 on a failure
-    python benchmarks/msda.py --quick       two cases, few repeats
-    python benchmarks/msda.py --out FILE    the whole table as Markdown (and printed)
+    python benchmarks/msda.py --check         correctness alone, exit status 1 on a failure
+    python benchmarks/msda.py --quick         our kernel alone, few repeats
+    python benchmarks/msda.py --out FILE      the whole table as Markdown (and printed)
+    python benchmarks/msda.py --json FILE     the same figures as JSON
+    python benchmarks/msda.py --variants      our kernel compiled with other settings, side by side
+    python benchmarks/msda.py --profile bf16  a few calls of each case, for a profiler to look at
 
 Times start from logits and offsets (what a layer has), so a peer that wants locations and weights pays
 for them. Every time is the median of replays of a CUDA graph that runs through several sets of inputs,
@@ -14,229 +17,63 @@ and N(0, 2 cells). Errors are relative L2 against float64 on the same, already r
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
-import importlib
+import ctypes
+import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from msda_cases import CASES, NAMES, Case, Exact, Inputs, Operator, errors, gradients, make_inputs
+from msda_check import check
+from msda_peers import implementations
 
-from smope.ops import ms_deform_attn
-from smope.ops.ms_deform_attn import Shapes, ms_deform_attn_torch, sampling_locations, softmaxed
+from smope.ops import build, ms_deform_attn
 
-LARGE: Shapes = ((100, 167), (50, 84), (25, 42), (13, 21))  # 800x1333
-SMALL: Shapes = ((60, 80), (30, 40), (15, 20), (8, 10))  # 480x640
-Operator = Callable[[Tensor, Shapes, Tensor, Tensor, Tensor], Tensor]
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    name: str
-    shapes: Shapes
-    batch: int
-    queries: int | None  # None: one a cell (encoder)
-    targets: dict[torch.dtype, tuple[float, float]]  # ms at most, forward and forward + backward
-
-
-CASES = [
-    Case("encoder 800x1333", LARGE, 8, None, {torch.float32: (0.70, 2.6), torch.bfloat16: (0.45, 2.2)}),
-    Case("encoder 480x640", SMALL, 8, None, {torch.float32: (0.20, 0.75), torch.bfloat16: (0.14, 0.65)}),
-    Case(
-        "decoder 300 at 800x1333",
-        LARGE,
-        8,
-        300,
-        {torch.float32: (0.026, 0.13), torch.bfloat16: (0.020, 0.11)},
-    ),
-    Case("decoder 300 at 800x1333, batch 1", LARGE, 1, 300, {torch.float32: (0.007, 0.030)}),
-]
-
-
-@dataclasses.dataclass
-class Inputs:
-    shapes: Shapes
-    value: Tensor
-    reference: Tensor
-    offsets: Tensor
-    logits: Tensor
-    grad: Tensor
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [self.value, self.offsets, self.logits]
-
-    def image(self, index: int) -> Inputs:
-        kept = [
-            t[index : index + 1] for t in (self.value, self.reference, self.offsets, self.logits, self.grad)
-        ]
-        return Inputs(self.shapes, *[t.detach().requires_grad_(t.requires_grad) for t in kept])
+Kinds = tuple[torch.dtype, torch.dtype]  # of value and of offsets
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SECONDS = 0.25  # of repeats, for one figure
+# Settings of the kernels' sources that were tried, by the cases that they concern: what nvcc is told.
+VARIANTS: dict[str, list[str]] = {
+    "as it is": [],
+    "encoder: tile 2 blocks, forward clamped 4": [
+        "-DSMOPE_TILE_BLOCKS=2",
+        "-DSMOPE_FORWARD_CLAMP",
+        "-DSMOPE_FORWARD_BLOCKS=4",
+    ],
+    "encoder: tile 4 blocks, forward clamped 5": [
+        "-DSMOPE_TILE_BLOCKS=4",
+        "-DSMOPE_TILE_CHUNKS=1280",
+        "-DSMOPE_TILE_CELLS=2048",
+        "-DSMOPE_FORWARD_CLAMP",
+        "-DSMOPE_FORWARD_BLOCKS=5",
+    ],
+    "encoder: tile 8x4, forward 5": [
+        "-DSMOPE_TILE_HEIGHT=4",
+        "-DSMOPE_TILE_BLOCKS=6",
+        "-DSMOPE_TILE_CELLS=1792",
+        "-DSMOPE_FORWARD_BLOCKS=5",
+    ],
+    "decoder: never split": ["-DSMOPE_SCARCE=0"],
+    "decoder: split in 2": ["-DSMOPE_SPLIT=2", "-DSMOPE_SCARCE=524288"],
+    "decoder: split in 4": ["-DSMOPE_SPLIT=4", "-DSMOPE_SCARCE=524288"],
+    "decoder: split in 8": ["-DSMOPE_SPLIT=8", "-DSMOPE_SCARCE=524288"],
+    "decoder: never gathered": ["-DSMOPE_GATHER_QUERIES=0"],
+    "decoder: gathered by 2 blocks": ["-DSMOPE_GATHER_BLOCKS=2"],
+    "decoder: gathered by 8 blocks": ["-DSMOPE_GATHER_BLOCKS=8"],
+}
 
 
-def make_inputs(
-    shapes: Shapes,
-    batch: int,
-    queries: int | None,
-    kind: torch.dtype,
-    offset_kind: torch.dtype | None = None,
-    heads: int = 8,
-    head: int = 32,
-    points: int = 4,
-    boxes: bool = False,
-    seed: int = 0,
-) -> Inputs:
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def normal(*shape: int, like: torch.dtype) -> Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator).to(like)
-
-    levels, cells = len(shapes), sum(h * w for h, w in shapes)
-    if queries is None:
-        centres = [
-            torch.stack(
-                torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1
-            ).view(-1, 2)
-            for h, w in shapes
-        ]
-        reference = torch.cat(centres).cuda()[None, :, None].expand(batch, cells, levels, 2).contiguous()
-        queries = cells
-    else:
-        reference = torch.rand(batch, queries, 1, 2, device="cuda", generator=generator)
-        reference = reference.expand(-1, -1, levels, -1).contiguous()
-    if boxes:
-        sides = torch.rand(reference.shape, device="cuda", generator=generator) * 0.3 + 0.02
-        reference = torch.cat([reference, sides], -1)
-    small = offset_kind or kind
-    return Inputs(
-        shapes,
-        normal(batch, cells, heads, head, like=kind).requires_grad_(),
-        reference,
-        (normal(batch, queries, heads, levels, points, 2, like=torch.float32) * 2).to(small).requires_grad_(),
-        normal(batch, queries, heads, levels, points, like=small).requires_grad_(),
-        normal(batch, queries, heads * head, like=kind),
-    )
-
-
-# ------------------------------------------------ implementations
-def from_locations(core: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor], whole: bool) -> Operator:
-    """An operator that takes ready locations and weights; `whole`: in float32, for peers without 16 bit."""
-
-    def run(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-        sizes, starts = level_tensors(shapes)
-        locations = sampling_locations(shapes, reference, offsets.float())
-        weights = softmaxed(logits.float())
-        if whole:
-            return core(value.float(), sizes, starts, locations, weights).to(value.dtype)
-        return core(value, sizes, starts, locations, weights.to(value.dtype))
-
-    return run
-
-
-_level_tensors: dict[Shapes, tuple[Tensor, Tensor]] = {}
-
-
-def level_tensors(shapes: Shapes) -> tuple[Tensor, Tensor]:
-    if shapes not in _level_tensors:
-        sizes = torch.tensor(shapes, device="cuda")
-        _level_tensors[shapes] = sizes, torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
-    return _level_tensors[shapes]
-
-
-def peers() -> dict[str, Operator]:
-    """Every peer that imports here, by name."""
-    found: dict[str, Operator] = {}
-
-    def attempt(name: str, module: str, build: Callable[[Any], Operator]) -> None:
-        try:
-            found[name] = build(importlib.import_module(module))
-        except Exception as error:  # a peer may fail to import in any way; say so and go on
-            reason = str(error).splitlines()[0] if str(error) else ""
-            print(f"not run: {name} ({type(error).__name__}: {reason})")
-
-    attempt(
-        "torch-ms-deform-attn", "torch_ms_deform_attn", lambda m: from_locations(m.ms_deform_attn, whole=True)
-    )
-    for backend in ("TRITON", "CUDA"):
-        attempt(f"deformops {backend}", "deformops.registry", functools.partial(deformops, backend))
-    attempt("DCNv4 FlashDeformAttn", "DCNv4.functions", flash_deform_attn)
-    return found
-
-
-def deformops(backend: str, module: Any) -> Operator:
-    chosen = getattr(module.Backend, backend)
-    return from_locations(functools.partial(module.msda, backend=chosen), whole=False)
-
-
-def flash_deform_attn(module: Any) -> Operator:
-    function = module.FlashDeformAttnFunction
-
-    def run(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-        sizes, starts = level_tensors(shapes)
-        locations = sampling_locations(shapes, reference, offsets.float())
-        joined = torch.cat([locations.flatten(3), logits.float().flatten(3)], -1).to(value.dtype)
-        return function.apply(value, sizes, starts, joined, 64, offsets.shape[4])
-
-    return run
-
-
-def implementations() -> dict[str, Operator]:
-    return {"smope": ms_deform_attn, "grid_sample (PyTorch)": ms_deform_attn_torch, **peers()}
-
-
-# ------------------------------------------------ errors
-def gradients(operator: Operator, x: Inputs) -> list[Tensor]:
-    output = operator(x.value, x.shapes, x.reference, x.offsets, x.logits)
-    return [output.detach(), *torch.autograd.grad(output, x.leaves, x.grad)]
-
-
-def exact(x: Inputs) -> tuple[list[Tensor], Tensor]:
-    """Output and gradients in float64, and which points lie further than 1e-3 cell from a cell border."""
-    wide = Inputs(
-        x.shapes, *[t.detach().double() for t in (x.value, x.reference, x.offsets, x.logits, x.grad)]
-    )
-    for leaf in wide.leaves:
-        leaf.requires_grad_()
-    with torch.no_grad():
-        sizes = torch.tensor([(w, h) for h, w in x.shapes], dtype=torch.float64, device="cuda")[:, None, :]
-        cells = sampling_locations(x.shapes, wide.reference, wide.offsets) * sizes - 0.5
-        clear = ((cells - cells.round()).abs() > 1e-3).all(-1)
-    return gradients(ms_deform_attn_torch, wide), clear
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
-
-
-def errors(operator: Operator, x: Inputs, deterministic: bool = False) -> dict[str, float]:
-    """Relative L2 errors over the first and last image."""
-    result: dict[str, float] = {}
-    torch.use_deterministic_algorithms(deterministic)
-    whole = gradients(operator, x)
-    torch.use_deterministic_algorithms(False)  # grid_sample has no deterministic backward
-    for index in sorted({0, x.value.shape[0] - 1}):
-        want, clear = exact(x.image(index))
-        got = [t[index : index + 1] for t in whole]
-        found = {
-            "output": relative(got[0], want[0]),
-            "value": relative(got[1], want[1]),
-            "offsets": relative(got[2][clear], want[2][clear]),
-            "offsets, all": relative(got[2], want[2]),
-            "logits": relative(got[3], want[3]),
-            "left out": 1 - float(clear.double().mean()),
-        }
-        result = {key: max(result.get(key, 0.0), error) for key, error in found.items()}
-    return result
+def concerns(setting: str, case: Case) -> bool:
+    return ":" not in setting or setting.split(":")[0] in case.name
 
 
 # ------------------------------------------------ times
-def graph_ms(work: Callable[[Inputs], object], sets: list[Inputs], repeats: int) -> float:
+def graph_ms(work: Callable[[Inputs], object], sets: list[Inputs], seconds: float = SECONDS) -> float:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -247,193 +84,225 @@ def graph_ms(work: Callable[[Inputs], object], sets: list[Inputs], repeats: int)
     with torch.cuda.graph(graph):
         for x in sets:
             work(x)
-    return median_ms(graph.replay, repeats) / len(sets)
+    return median_ms(graph.replay, seconds) / len(sets)
 
 
-def median_ms(work: Callable[[], object], repeats: int) -> float:
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(repeats):
+def median_ms(work: Callable[[], object], seconds: float = SECONDS) -> float:
+    def once() -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+        return begin.elapsed_time(end)
+
+    work()
+    estimate = max(once(), once())
+    return statistics.median(once() for _ in range(max(5, min(50, int(seconds * 1e3 / estimate)))))
 
 
-def measure(
-    operator: Operator, case: Case, kind: torch.dtype, offset_kind: torch.dtype, quick: bool
-) -> dict[str, float]:
-    first = make_inputs(case.shapes, case.batch, case.queries, kind, offset_kind)
+def make_sets(case: Case, kinds: Kinds) -> list[Inputs]:
+    """As many sets of inputs as together exceed the L2 cache several times."""
+    first = make_inputs(case.shapes, case.batch, case.queries, *kinds)
     size = sum(t.numel() * t.element_size() for t in (*first.leaves, first.grad))
     count = max(1, min(16, -(-256 * 2**20 // size)))
-    sets = [first] + [
-        make_inputs(case.shapes, case.batch, case.queries, kind, offset_kind, seed=seed)
-        for seed in range(1, count)
-    ]
-    repeats = 10 if quick else 30
+    more = [make_inputs(case.shapes, case.batch, case.queries, *kinds, seed=seed) for seed in range(1, count)]
+    return [first, *more]
 
-    def forward(x: Inputs) -> None:
-        with torch.no_grad():
-            operator(x.value, x.shapes, x.reference, x.offsets, x.logits)
 
-    row: dict[str, float] = errors(operator, first)
+def run_forward(operator: Operator, x: Inputs) -> None:
+    with torch.no_grad():
+        operator(x.value, x.shapes, x.reference, x.offsets, x.logits)
+
+
+def measure(operator: Operator, sets: list[Inputs], known: dict[int, Exact]) -> dict[str, float]:
+    row: dict[str, float] = errors(operator, sets[0], known=known)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    result = gradients(operator, first)
+    result = gradients(operator, sets[0])
     row["peak MB"] = (torch.cuda.max_memory_allocated() - before) / 1e6
     del result
-    row["forward"] = graph_ms(forward, sets, repeats)
-    row["both"] = graph_ms(lambda x: gradients(operator, x), sets, repeats)
-    row["eager forward"] = median_ms(lambda: forward(first), repeats)
-    row["eager both"] = median_ms(lambda: gradients(operator, first), repeats)
+    row["forward"] = graph_ms(lambda x: run_forward(operator, x), sets)
+    row["both"] = graph_ms(lambda x: gradients(operator, x), sets)
+    row["eager forward"] = median_ms(lambda: run_forward(operator, sets[0]))
+    row["eager both"] = median_ms(lambda: gradients(operator, sets[0]))
     return row
 
 
+# ------------------------------------------------ tables
 HEADER = (
     "| implementation | value | offsets | forward ms | forward + backward ms | eager ms | eager f+b ms "
     "| peak MB | output | value grad | offsets grad | all points | logits grad |\n" + "| --- " * 13 + "|"
 )
 
 
-def line(
-    name: str,
-    kind: torch.dtype,
-    offset_kind: torch.dtype,
-    row: dict[str, float],
-    targets: tuple[float, float] | None,
-) -> str:
-    def timed(key: str, target: float | None) -> str:
-        text = f"{row[key]:.4f}"
-        return text if target is None else f"{text} ({'meets' if row[key] <= target else 'misses'} {target})"
+def line(name: str, kinds: Kinds, row: dict[str, float], case: Case | None) -> str:
+    """A row of the table; `case`: whose targets to judge it by."""
 
-    at_most = targets or (None, None)
-    cells = [name, NAMES[kind], NAMES[offset_kind], timed("forward", at_most[0]), timed("both", at_most[1])]
-    cells += [f"{row['eager forward']:.4f}", f"{row['eager both']:.4f}", f"{row['peak MB']:.0f}"]
+    def timed(key: str, at_most: float | None) -> str:
+        text = f"{row[key]:.4f}"
+        return (
+            text if at_most is None else f"{text} ({'meets' if row[key] <= at_most else 'misses'} {at_most})"
+        )
+
+    targets = case.targets.get(FP32 if kinds[0] == FP32 else BF16) if case else None
+    eager = case.eager if case and kinds[0] == FP32 else None
+    cells = [name, NAMES[kinds[0]], NAMES[kinds[1]]]
+    cells += [timed(key, targets[i] if targets else None) for i, key in enumerate(("forward", "both"))]
+    cells += [
+        timed(key, eager[i] if eager else None) for i, key in enumerate(("eager forward", "eager both"))
+    ]
+    cells += [f"{row['peak MB']:.0f}"]
     cells += [f"{row[key]:.2g}" for key in ("output", "value", "offsets", "offsets, all", "logits")]
     return "| " + " | ".join(cells) + " |"
 
 
-def benchmark(quick: bool, only: str | None, own: bool) -> list[str]:
-    device = torch.cuda.get_device_name()
-    report = [f"Device: {device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", ""]
-    pairs = [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
+def kinds_of(case: Case, name: str, quick: bool) -> list[Kinds]:
+    if "training" in case.name:
+        return [(BF16, BF16)]
+    pairs = [(FP32, FP32), (BF16, BF16)]
+    if not quick:
+        pairs += [(FP16, FP16)]
+        pairs += [(BF16, FP32)] if name == "smope" else []  # peers widen offsets anyway
+    return pairs
+
+
+def benchmark(quick: bool, only: str) -> tuple[list[str], list[dict[str, object]]]:
+    """The Markdown report and the same figures as records."""
+    report = [
+        f"Device: {torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
+        "",
     ]
-    pairs += [] if quick else [(torch.float16, torch.float16)]
-    operators = {"smope": ms_deform_attn} if own else implementations()
-    for case in CASES[1:3] if quick and only is None else CASES:
-        if only is not None and only not in case.name:
+    records: list[dict[str, object]] = []
+    operators = {"smope": ms_deform_attn} if quick else implementations()
+    for case in CASES:
+        if only not in case.name:
             continue
-        report += [f"### {case.name}, batch {case.batch}, 8 heads x 32, 4 levels, 4 points", "", HEADER]
+        levels = len(case.shapes)
+        report += [
+            f"### {case.name}, batch {case.batch}, 8 heads x 32, {levels} levels, 4 points",
+            "",
+            HEADER,
+        ]
         print(*report[-3:], sep="\n")
-        for name, operator in operators.items():
-            for kind, offset_kind in pairs:
-                targets = case.targets.get(torch.float32 if kind == torch.float32 else torch.bfloat16)
+        pairs = {kinds: None for name in operators for kinds in kinds_of(case, name, quick)}
+        for kinds in pairs:
+            sets, known = make_sets(case, kinds), dict[int, Exact]()
+            for name, operator in operators.items():
+                if kinds not in kinds_of(case, name, quick):
+                    continue
+                record: dict[str, object] = {
+                    "case": case.name,
+                    "implementation": name,
+                    "kinds": [NAMES[k] for k in kinds],
+                }
                 try:
-                    row = measure(operator, case, kind, offset_kind, quick)
+                    row = measure(operator, sets, known)
                 except Exception as error:  # a peer's limits are a result, too
                     if name == "smope":
                         raise
                     reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-                    report.append(
-                        f"| {name} | {NAMES[kind]} | {NAMES[offset_kind]} | fails: {reason} |" + " |" * 9
-                    )
+                    record["fails"] = reason
+                    labels = " | ".join(NAMES[k] for k in kinds)
+                    report.append(f"| {name} | {labels} | fails: {reason} |" + " |" * 9)
                 else:
-                    report.append(line(name, kind, offset_kind, row, targets if name == "smope" else None))
+                    record |= row
+                    report.append(line(name, kinds, row, case if name == "smope" else None))
+                records.append(record)
                 print(report[-1], flush=True)
                 torch.cuda.empty_cache()
         report.append("")
-    return report
+    return report, records
 
 
-# ------------------------------------------------ correctness
-def check() -> bool:
-    """Every type and awkward shape against float64, and the ways in which a program may call the operator."""
-    fine = True
+# ------------------------------------------------ our kernel's settings
+def kernel_for(case: Case, kinds: Kinds) -> build.Kernel:
+    return build.Kernel(8, 32, len(case.shapes), 4, *kinds)
 
-    def judge(name: str, passed: bool, detail: str = "") -> None:
-        nonlocal fine
-        fine &= passed
-        print(f"{'ok    ' if passed else 'FAILED'} {name} {detail}", flush=True)
 
-    odd: Shapes = ((7, 9), (1, 5), (3, 1), (1, 1))
-    types = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
-    plans = [("480x640", SMALL, 2, None, 8, 32, 4, False), ("boxes", SMALL, 2, 300, 8, 32, 4, True)]
-    plans += [("odd shapes", odd, 3, 37, 8, 32, 4, False), ("head 24", odd[:2], 1, 5, 3, 24, 3, False)]
-    plans += [
-        ("head 128", odd[:2], 2, 65, 2, 128, 3, True),
-        ("head 8, 12 points", odd[:1], 2, 33, 1, 8, 12, False),
-    ]
-    for name, shapes, batch, queries, heads, head, points, boxes in plans:
-        for kind, offset_kind in types if head == 32 else types[:1]:
-            x = make_inputs(shapes, batch, queries, kind, offset_kind, heads, head, points, boxes)
-            limit = 5e-6 if kind == torch.float32 else 5e-3
-            for mode in ("fast", "deterministic"):
-                found = errors(ms_deform_attn, x, mode == "deterministic")
-                passed = all(found[key] <= limit for key in ("output", "value", "offsets", "logits"))
-                label = f"{name}, {NAMES[kind]}/{NAMES[offset_kind]}, {mode}"
-                judge(label, passed, " ".join(f"{key} {error:.1e}" for key, error in found.items()))
+def compile_ahead(only: str, quick: bool, settings: list[str]) -> None:
+    """Every kernel of the table with each of the settings, in as many processes."""
+    wanted = {
+        (str(len(case.shapes)), *(NAMES[k] for k in kinds), name)
+        for case in CASES
+        for kinds in kinds_of(case, "smope", quick)
+        for name in settings
+        if only in case.name and concerns(name, case)
+    }
+    command = [sys.executable, __file__, "--compile"]
+    jobs = [subprocess.Popen([*command, "binding"])]
+    jobs += [subprocess.Popen([*command, *what]) for what in sorted(wanted)]
+    failures = [job.args for job in jobs if job.wait() != 0]
+    if failures:
+        raise SystemExit(f"not compiled: {failures}")
 
-    x = make_inputs(SMALL, 2, 300, torch.float32, boxes=True)
-    wanted = gradients(ms_deform_attn, x)
-    torch.use_deterministic_algorithms(True)
-    runs = [gradients(ms_deform_attn, x) for _ in range(3)]
-    torch.use_deterministic_algorithms(False)
-    judge(
-        "deterministic runs agree bit for bit",
-        all(torch.equal(a, b) for r in runs for a, b in zip(r, runs[0], strict=True)),
-    )
 
-    reference = x.reference.clone().requires_grad_()
-    args = (x.value, SMALL, reference, x.offsets, x.logits)
-    (own,) = torch.autograd.grad(ms_deform_attn(*args), reference, x.grad)
-    wide = [t.detach().double().requires_grad_() for t in (x.value, reference, x.offsets, x.logits)]
-    (want,) = torch.autograd.grad(ms_deform_attn_torch(wide[0], SMALL, *wide[1:]), wide[1], x.grad.double())
-    # Points on a cell border flip in float32: a few cells' gradients differ whatever is done.
-    judge("gradient of reference", relative(own, want) < 5e-3, f"{relative(own, want):.1e}")
+def compile_one(what: list[str]) -> None:
+    if what == ["binding"]:
+        build.load_binding()
+        return
+    kinds = {name: kind for kind, name in NAMES.items()}
+    levels, value, offset, name = what
+    variant_library(build.Kernel(8, 32, int(levels), 4, kinds[value], kinds[offset]), VARIANTS[name])
 
-    compiled = torch.compile(lambda *t: ms_deform_attn(t[0], SMALL, *t[1:]), fullgraph=True)
-    got = gradients(lambda v, s, *t: compiled(v, *t), x)
-    judge("torch.compile", all(relative(a, b.double()) < 1e-4 for a, b in zip(got, wanted, strict=True)))
 
-    graph_ms(lambda y: gradients(ms_deform_attn, y), [x], 1)
-    judge("CUDA graph", True)
+def variant_library(kernel: build.Kernel, flags: list[str]) -> Path:
+    sources = [build.SOURCES / "ms_deform_attn.cu", *sorted(build.SOURCES.glob("*.cuh"))]
+    told = [*kernel.defines, "-O3", *flags, *build.architecture_flags()]
+    return build.compiled_library(kernel.label + ("_variant" if flags else ""), sources, told)
 
-    for batch, queries in ((0, 5), (2, 0)):
-        y = make_inputs(odd, batch, queries, torch.float32)
-        judge(f"batch {batch}, {queries} queries", not gradients(ms_deform_attn, y)[1].any())
 
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        y = make_inputs(SMALL, 2, 300, torch.bfloat16, torch.float32)
-        judge("autocast", gradients(ms_deform_attn, y)[0].dtype == torch.bfloat16)
+def use_variant(kernel: build.Kernel, flags: list[str]) -> None:
+    """From here on the operator runs the kernel compiled with these settings."""
+    build.kernel_ready(kernel, insist=True)  # so that the operator takes kernels
+    build.register(kernel, ctypes.CDLL(str(variant_library(kernel, flags))))
 
-    view = torch.randn(2 * 6380 * 8 * 32 + 1, device="cuda")[1:].view(
-        2, 6380, 8, 32
-    )  # not on a 16-byte border
-    y = Inputs(SMALL, view, x.reference, x.offsets, x.logits, x.grad)
-    got_view = ms_deform_attn(view, SMALL, x.reference, x.offsets, x.logits)
-    judge(
-        "a view off the 16-byte grid", torch.equal(got_view, ms_deform_attn(view.clone(), SMALL, *args[2:]))
-    )
-    return fine
+
+def compare_variants(only: str, names: list[str]) -> list[str]:
+    """Forward and forward + backward of each setting, ms, one column a case."""
+    cases = [case for case in CASES if only in case.name]
+    columns = [(case, kinds) for case in cases for kinds in kinds_of(case, "smope", quick=True)]
+    table: dict[str, list[str]] = {name: [] for name in names}
+    for case, kinds in columns:
+        sets, known = make_sets(case, kinds), dict[int, Exact]()
+        for name, cells in table.items():
+            if not concerns(name, case):
+                cells.append("")
+                continue
+            use_variant(kernel_for(case, kinds), VARIANTS[name])
+            found = errors(ms_deform_attn, sets[0], known=known)
+            worst = max(found[key] for key in ("output", "value", "logits"))
+            forward = graph_ms(lambda x: run_forward(ms_deform_attn, x), sets, 0.1)
+            both = graph_ms(lambda x: gradients(ms_deform_attn, x), sets, 0.1)
+            cells.append(f"{forward:.4f} / {both:.4f} ({worst:.0e})")
+        torch.cuda.empty_cache()
+    heads = [f"{case.name}, {NAMES[kinds[0]]}" for case, kinds in columns]
+    lines = ["| setting | " + " | ".join(heads) + " |", "| --- " * (1 + len(heads)) + "|"]
+    return lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in table.items()]
+
+
+def profile(only: str, kind: torch.dtype) -> None:
+    for case in CASES:
+        if only in case.name and (kind, kind) in kinds_of(case, "smope", quick=True):
+            x = make_inputs(case.shapes, case.batch, case.queries, kind, kind)
+            gradients(ms_deform_attn, x)
+            torch.cuda.synchronize()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    kinds = {name: kind for kind, name in NAMES.items()}
     parser.add_argument("--check", action="store_true", help="correctness alone")
-    parser.add_argument("--quick", action="store_true", help="two cases, few repeats")
-    parser.add_argument("--own", action="store_true", help="our kernel alone")
-    parser.add_argument("--case", help="only the cases whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="our kernel alone")
+    parser.add_argument("--variants", nargs="*", metavar="NAME", help="our kernel with other settings (all)")
+    parser.add_argument("--profile", choices=kinds, help="a call of each case in this type")
+    parser.add_argument("--case", default="", help="only the cases whose name contains this")
     parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--compile", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(
@@ -443,11 +312,26 @@ def main() -> int:
     os.environ.setdefault(
         "SMOPE_MSDA", "cuda"
     )  # here a kernel that cannot be had is an error, not a slow path
+    if options.compile:
+        compile_one(options.compile)
+        return 0
     if options.check:
         return 0 if check() else 1
-    report = benchmark(options.quick, options.case, options.own)
+    if options.profile:
+        profile(options.case, kinds[options.profile])
+        return 0
+    chosen = (options.variants or list(VARIANTS)) if options.variants is not None else ["as it is"]
+    compile_ahead(options.case, options.quick or options.variants is not None, chosen)
+    if options.variants is not None:
+        report = compare_variants(options.case, chosen)
+        records: list[dict[str, object]] = []
+        print(*report, sep="\n")
+    else:
+        report, records = benchmark(options.quick, options.case)
     if options.out:
         options.out.write_text("\n".join(report) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1) + "\n")
     return 0
 
 

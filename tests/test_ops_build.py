@@ -23,6 +23,7 @@ class Library:
     registered: ClassVar[list[tuple[Any, ...]]] = []
     smope_msda_forward = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
     smope_msda_backward = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+    smope_msda_scratch = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 
     def __init__(self, path: str) -> None:
         assert Path(path).exists()
@@ -60,7 +61,7 @@ def play(monkeypatch: pytest.MonkeyPatch, cache: Path, load: Callable[..., None]
 def new_process() -> None:
     build._results.clear()
     build._told.clear()
-    build._load_binding.cache_clear()
+    build.load_binding.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -243,7 +243,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_the_cuda_path_goes_on(
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/cuda")
     monkeypatch.setattr(ctypes, "CDLL", lambda path: pytest.fail("nothing was compiled"))
     kernel = build.Kernel(8, 32, 4, 4, torch.float32, torch.float32)
-    build._load_binding.cache_clear()
+    build.load_binding.cache_clear()
     assert not build.kernel_ready(kernel)
     assert "SMOPE_CACHE" in caplog.text
     with pytest.raises(build.KernelUnavailable, match="SMOPE_CACHE"):

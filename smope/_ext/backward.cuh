@@ -1,4 +1,4 @@
-// Gradients of offsets and logits, and of value by atomic additions. One group of lanes a (query, head).
+// Gradients of offsets and logits, and of value by atomic additions: a row of every corner of every point.
 #pragma once
 
 #include "common.cuh"
@@ -66,27 +66,27 @@ __device__ inline void reduce_transposed(float (&x)[kCount][4], int lane) {
     }
 }
 
+struct Nothing {};  // for Sum: the gradient of value is not wanted
+
 template <class Value>
 struct Gradients {
     const Value* output;   // given: [B, Q, H, D]
     void* offsets;         // [B, Q, H, L, P, 2], of Offset; in_cells: floats, of the location in cells
     void* logits;          // [B, Q, H, L, P], of Offset
-    void* value;           // [B, S, H, D] of Sum, cleared; not touched where kScatter is false
-    float* log_sums;       // [B, Q, H]: what softmax returned; null where nobody wants it
+    void* value;           // [B, S, H, D] of Sum, cleared
     const float* largest;  // of |output|'s elements; for Sum = long long
     int in_cells;
 };
 
-// kScatter: add to the gradient of value here, a row at a time; else spread_kernel (tile.cuh) does it.
-template <class L, class Sum, bool kScatter>
+template <class L, class Sum>
 __global__ void __launch_bounds__(128)
     backward_kernel(const __grid_constant__ Problem<L::kLevels> p,
                     const __grid_constant__ Gradients<typename L::Value> grad) {
     using Value = typename L::Value;
     using Offset = typename L::Offset;
     constexpr int kTogether = L::kLanes < 8 ? L::kLanes : 8;  // points whose dot products are reduced together
-    const int lane = threadIdx.x % L::kLanes;
-    const int place = blockIdx.x * (blockDim.x / L::kLanes) + threadIdx.x / L::kLanes;
+    const int lane = threadIdx.x % L::kLanes, split = threadIdx.x / L::kLanes % L::kSplit;
+    const int place = blockIdx.x * (blockDim.x / L::kTeam) + threadIdx.x / L::kTeam;
     const bool owns = L::kUsed == L::kLanes || lane < L::kUsed;
     const bool exists = place < p.queries;
     const int query = min(place, p.queries - 1);
@@ -100,32 +100,33 @@ __global__ void __launch_bounds__(128)
         const Offset* logits = static_cast<const Offset*>(p.logits) + pair * L::kSamples;
         const long long first = batch * p.cells * L::kStride + head * L::kHead + (owns ? lane * L::kVec : 0);
         const Value* value = static_cast<const Value*>(p.value) + first;
-        Sum* grad_value = static_cast<Sum*>(grad.value) + first;
+        Sum* grad_value = static_cast<Sum*>(grad.value) + first;  // not touched if Sum is Nothing
 
         float given[L::kVec] = {};
         if (owns) unpack(*reinterpret_cast<const uint4*>(grad.output + pair * L::kHead + lane * L::kVec), given, Value{});
         float weight[L::kShare];
-        const float log_sum = softmax<L>(logits, lane, weight);
-        if (grad.log_sums != nullptr && lane == 0 && exists) grad.log_sums[pair] = log_sum;
+        softmax<L>(logits, split, lane, weight);
 
         float slope[L::kShare];  // d loss / d weight of the lane's own points
         float along = 0.f;       // sum of weight * slope over them
         uint4 raw[4] = {};
 #pragma unroll L::kUnrolled
         for (int i = 0; i < L::kShare; ++i) {
-            const int mine = i * L::kLanes + lane;
+            const int mine = own_sample<L>(split, i, lane);
             Spot spot = {};
-            if (mine < L::kSamples && exists) spot = locate<L>(p, row, offsets, mine);
+            if (mine < L::kSamples && exists) {
+                spot = locate<L>(p, row, mine / L::kPoints, load_pair(offsets + 2 * mine));
+            }
             float total[4] = {};  // of the lane's own point: <given, value> at its four corners
 #pragma unroll
             for (int part = 0; part < L::kLanes; part += kTogether) {
-                if (i * L::kLanes + part >= L::kSamples) break;
+                if (i * L::kLanes + part >= L::kEach) break;
                 float dot[kTogether][4] = {};
 #pragma unroll
                 for (int n = 0; n < kTogether; ++n) {
                     const int j = part + n;
-                    const int sample = i * L::kLanes + j;
-                    if (sample >= L::kSamples) break;
+                    if (i * L::kLanes + j >= L::kEach) break;
+                    const int sample = min(split * L::kEach + i * L::kLanes + j, L::kSamples - 1);
                     const float a = __shfl_sync(kAllLanes, weight[i], j, L::kLanes);
                     const float lx = __shfl_sync(kAllLanes, spot.lx, j, L::kLanes);
                     const float ly = __shfl_sync(kAllLanes, spot.ly, j, L::kLanes);
@@ -141,7 +142,8 @@ __global__ void __launch_bounds__(128)
                         if (owns && (corners >> c & 1)) raw[c] = *reinterpret_cast<const uint4*>(value + at[c]);
 #pragma unroll
                     for (int c = 0; c < 4; ++c) {
-                        if (kScatter) add_to(owns && (corners >> c & 1), grad_value + at[c], given, w[c], scale);
+                        if constexpr (sizeof(Sum) >= sizeof(float))
+                            add_to(owns && (corners >> c & 1), grad_value + at[c], given, w[c], scale);
                         float x[L::kVec];
                         unpack(raw[c], x, Value{});
 #pragma unroll
@@ -169,11 +171,11 @@ __global__ void __launch_bounds__(128)
                                dx * spot.scale_x, dy * spot.scale_y);
             }
         }
-        along = group_sum<L::kLanes>(along);
+        along = group_sum<L::kTeam>(along);
         Offset* grad_logits = static_cast<Offset*>(grad.logits) + pair * L::kSamples;
 #pragma unroll L::kUnrolled
         for (int i = 0; i < L::kShare; ++i) {
-            const int mine = i * L::kLanes + lane;
+            const int mine = own_sample<L>(split, i, lane);
             if (mine < L::kSamples && exists) assign(grad_logits[mine], weight[i] * (slope[i] - along));
         }
     }

@@ -18,10 +18,12 @@ using at::Tensor;
 
 using Forward = int (*)(int, int, int, const int*, const void*, const float*, const void*, const void*, void*, void*);
 using Backward = int (*)(int, int, int, const int*, const void*, const float*, const void*, const void*, const void*,
-                         void*, void*, void*, int, const float*, void*, float*, int, void*);
+                         void*, void*, void*, int, const float*, void*, int, void*);
+using Scratch = long long (*)(int, const int*, int);
 struct Kernels {
     Forward forward;
     Backward backward;
+    Scratch scratch;
 };
 using Key = std::array<int, 6>;  // heads, head size, levels, points, types of value and of offsets
 
@@ -103,23 +105,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     if (given.numel() == 0) return {grad_value.zero_(), grad_offsets.zero_(), grad_logits.zero_()};
 
     const bool deterministic = at::globalContext().deterministicAlgorithms();
-    Tensor largest, sums;
+    Tensor largest, scratch;
+    if (deterministic) largest = given.abs().max().to(at::kFloat);
     int images = call.batch;
-    if (deterministic || call.value.scalar_type() != at::kFloat) {
-        // Sums of a few images at a time: at most 64 MiB, or one image's.
-        const auto kind = deterministic ? at::kLong : at::kFloat;
-        const int64_t bytes = call.value.numel() / call.batch * (deterministic ? 8 : 4);
-        images = static_cast<int>(std::clamp<int64_t>((int64_t{64} << 20) / bytes, 1, call.batch));
-        sums = at::empty({images, call.value.numel() / call.batch}, call.value.options().dtype(kind));
-        if (deterministic) largest = given.abs().max().to(at::kFloat);
+    if (const int64_t bytes = call.kernels.scratch(call.queries, call.shapes.data(), deterministic)) {
+        images = static_cast<int>(std::clamp<int64_t>((int64_t{64} << 20) / bytes, 1, call.batch));  // at most 64 MiB
+        scratch = at::empty({images * bytes}, call.value.options().dtype(at::kByte));
     }
-    const Tensor log_sums = at::empty({call.batch, call.queries, call.heads}, call.reference.options());
     check(call.kernels.backward(
         call.batch, call.queries, call.boxes, call.shapes.data(), call.value.data_ptr(),
         call.reference.data_ptr<float>(), call.offsets.data_ptr(), call.logits.data_ptr(), given.data_ptr(),
         grad_value.data_ptr(), grad_offsets.data_ptr(), grad_logits.data_ptr(), in_cells,
-        deterministic ? largest.data_ptr<float>() : nullptr, sums.defined() ? sums.data_ptr() : nullptr,
-        log_sums.data_ptr<float>(), images, c10::cuda::getCurrentCUDAStream().stream()));
+        deterministic ? largest.data_ptr<float>() : nullptr, scratch.defined() ? scratch.data_ptr() : nullptr,
+        images, c10::cuda::getCurrentCUDAStream().stream()));
     return {grad_value, grad_offsets, grad_logits};
 }
 
@@ -127,10 +125,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 
 // Called by smope/ops/build.py for every kernel library that it loads.
 extern "C" void smope_register(int heads, int head, int levels, int points, int value, int offset,
-                               void* forward_kernel, void* backward_kernel) {
+                               void* forward_kernel, void* backward_kernel, void* scratch) {
     std::lock_guard<std::mutex> guard(mutex);
     table()[Key{heads, head, levels, points, value, offset}] = {reinterpret_cast<Forward>(forward_kernel),
-                                                                reinterpret_cast<Backward>(backward_kernel)};
+                                                                reinterpret_cast<Backward>(backward_kernel),
+                                                                reinterpret_cast<Scratch>(scratch)};
 }
 
 TORCH_LIBRARY_IMPL(smope, CUDA, m) {

@@ -1,8 +1,9 @@
 // Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021, eq. 3), softmax and location arithmetic
 // inside. No torch header here: nvcc alone compiles it, and the tests run it on the CPU through a small CUDA stand-in.
 //
-// One group of kLanes neighbouring lanes serves one (query, head); a lane owns 16 bytes of the head's channels.
-// Every lane prepares its share of the points once (location, weight, cells) and hands them to its group by shuffles.
+// A group of kLanes neighbouring lanes serves the points of one (query, head), or kSplit groups share them; a lane owns
+// 16 bytes of the head's channels. Every lane prepares its share of its group's points once (location, weight, cells)
+// and hands them to the group by shuffles.
 #pragma once
 
 #ifdef __CUDACC__
@@ -78,6 +79,36 @@ __device__ inline float2 load_pair(const T* from) {
     const Pair pair = *reinterpret_cast<const Pair*>(from);
     return make_float2(to_float(pair.x), to_float(pair.y));
 }
+// The widest access that every multiple of `bytes` after a 16-byte border allows.
+__host__ __device__ constexpr int widest_access(int bytes) { return bytes % 16 == 0 ? 16 : bytes & -bytes; }
+// N neighbours; `from` lies a multiple of N elements after a 16-byte border.
+template <int N, class T>
+__device__ inline void load_run(const T* from, float (&x)[N]) {
+    constexpr int kBytes = widest_access(N * sizeof(T)), kCount = kBytes / sizeof(T);
+    struct alignas(kBytes) Chunk {
+        T items[kCount];
+    };
+#pragma unroll
+    for (int i = 0; i < N / kCount; ++i) {
+        const Chunk chunk = reinterpret_cast<const Chunk*>(from)[i];
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) x[i * kCount + k] = to_float(chunk.items[k]);
+    }
+}
+template <int N, class T>
+__device__ inline void store_run(T* to, const float (&x)[N]) {
+    constexpr int kBytes = widest_access(N * sizeof(T)), kCount = kBytes / sizeof(T);
+    struct alignas(kBytes) Chunk {
+        T items[kCount];
+    };
+#pragma unroll
+    for (int i = 0; i < N / kCount; ++i) {
+        Chunk chunk;
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) assign(chunk.items[k], x[i * kCount + k]);
+        reinterpret_cast<Chunk*>(to)[i] = chunk;
+    }
+}
 template <class T>
 __device__ inline void store_pair(T* to, float x, float y) {
     struct alignas(2 * sizeof(T)) Pair {
@@ -105,7 +136,7 @@ __host__ __device__ constexpr int power_of_two_from(int n) { return n <= 1 ? 1 :
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Everything but batch, queries and the levels' sizes is known when a kernel is compiled.
-template <class Value_, class Offset_, int kHeads_, int kHead_, int kLevels_, int kPoints_>
+template <class Value_, class Offset_, int kHeads_, int kHead_, int kLevels_, int kPoints_, int kSplit_ = 1>
 struct Layout {
     using Value = Value_;
     using Offset = Offset_;
@@ -113,11 +144,15 @@ struct Layout {
     static constexpr int kStride = kHeads * kHead;                 // elements between neighbouring cells
     static constexpr int kVec = Vec16<Value>::kCount;              // channels a lane
     static constexpr int kUsed = kHead / kVec;                     // lanes that own channels
-    static constexpr int kLanes = power_of_two_from(kUsed);        // lanes of a (query, head)
+    static constexpr int kLanes = power_of_two_from(kUsed);        // lanes of a group
+    static constexpr int kSplit = kSplit_;                         // groups of a (query, head), a power of two
+    static constexpr int kTeam = kLanes * kSplit;                  // lanes of a (query, head)
     static constexpr int kSamples = kLevels * kPoints;             // points of a (query, head)
-    static constexpr int kShare = ceil_div(kSamples, kLanes);      // points that a lane prepares
+    static constexpr int kEach = ceil_div(kSamples, kSplit);       // points of a group: the next kEach of them
+    static constexpr int kShare = ceil_div(kEach, kLanes);         // points that a lane prepares
     static constexpr int kUnrolled = kShare <= 8 ? kShare : 1;     // beyond this, loop rather than blow up the code
     static_assert(kHead % 8 == 0 && kHead <= 128, "head size: a multiple of 8 up to 128");
+    static_assert(kTeam <= 32, "a (query, head) stays within a warp");
 };
 
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -135,29 +170,33 @@ __device__ inline float group_max(float x) {
     return x;
 }
 
-// Softmax over the group's points. weight[i] is that of point i*kLanes + lane (zero past the last one). Returns the
-// logarithm of the sum of the exponentials.
+// The lane's i-th point: kSamples or more if it has none.
 template <class L>
-__device__ inline float softmax(const typename L::Offset* logits, int lane, float (&weight)[L::kShare]) {
+__device__ inline int own_sample(int split, int i, int lane) {
+    const int place = i * L::kLanes + lane;
+    return place < L::kEach ? split * L::kEach + place : L::kSamples;
+}
+
+// Softmax over all points of the (query, head). weight[i] is that of own_sample(i) (zero past the last one).
+template <class L>
+__device__ inline void softmax(const typename L::Offset* logits, int split, int lane, float (&weight)[L::kShare]) {
     float top = -__int_as_float(0x7f800000);
 #pragma unroll L::kUnrolled
     for (int i = 0; i < L::kShare; ++i) {
-        const int sample = i * L::kLanes + lane;
+        const int sample = own_sample<L>(split, i, lane);
         weight[i] = sample < L::kSamples ? to_float(logits[sample]) : -__int_as_float(0x7f800000);
         top = fmaxf(top, weight[i]);
     }
-    top = group_max<L::kLanes>(top);
+    top = group_max<L::kTeam>(top);
     float sum = 0.f;
 #pragma unroll L::kUnrolled
     for (int i = 0; i < L::kShare; ++i) {
-        weight[i] = i * L::kLanes + lane < L::kSamples ? __expf(weight[i] - top) : 0.f;
+        weight[i] = own_sample<L>(split, i, lane) < L::kSamples ? __expf(weight[i] - top) : 0.f;
         sum += weight[i];
     }
-    sum = group_sum<L::kLanes>(sum);
-    const float scale = 1.f / sum;
+    const float scale = 1.f / group_sum<L::kTeam>(sum);
 #pragma unroll L::kUnrolled
     for (int i = 0; i < L::kShare; ++i) weight[i] *= scale;
-    return top + __logf(sum);
 }
 
 // Where a sample lies: in cells of its level, (0, 0) the centre of the first one.
@@ -170,11 +209,8 @@ struct Spot {
 };
 
 template <class L>
-__device__ inline Spot locate(const Problem<L::kLevels>& p, long long query, const typename L::Offset* offsets,
-                              int sample) {
-    const int level = sample / L::kPoints;
+__device__ inline Spot locate(const Problem<L::kLevels>& p, long long query, int level, float2 offset) {
     const int w = p.width[level], h = p.height[level];
-    const float2 offset = load_pair(offsets + 2 * sample);
     Spot spot;
     float x, y;
     if (p.boxes) {

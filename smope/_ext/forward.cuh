@@ -1,19 +1,23 @@
-// The weighted sums. One group of lanes a (query, head).
+// The weighted sums.
 #pragma once
 
 #include "common.cuh"
 
 namespace smope {
 
+#ifndef SMOPE_FORWARD_BLOCKS  // of a multiprocessor, at least
+#define SMOPE_FORWARD_BLOCKS (sizeof(typename L::Value) == 4 ? 4 : 3)
+#endif
+
 template <class L>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, SMOPE_FORWARD_BLOCKS)
     forward_kernel(const __grid_constant__ Problem<L::kLevels> p, typename L::Value* __restrict__ output) {
     using Value = typename L::Value;
     using Offset = typename L::Offset;
-    const int lane = threadIdx.x % L::kLanes;
-    const int place = blockIdx.x * (blockDim.x / L::kLanes) + threadIdx.x / L::kLanes;
+    const int lane = threadIdx.x % L::kLanes, split = threadIdx.x / L::kLanes % L::kSplit;
+    const int place = blockIdx.x * (blockDim.x / L::kTeam) + threadIdx.x / L::kTeam;
     const bool owns = L::kUsed == L::kLanes || lane < L::kUsed;
-    const int query = min(place, p.queries - 1);  // groups past the end repeat the last query and store nothing
+    const int query = min(place, p.queries - 1);  // teams past the end repeat the last query and store nothing
     const int head = blockIdx.y;
 
     for (int batch = blockIdx.z; batch < p.batch; batch += gridDim.z) {
@@ -24,19 +28,26 @@ __global__ void __launch_bounds__(256)
         const Value* value = static_cast<const Value*>(p.value) + batch * p.cells * L::kStride + head * L::kHead +
                              (owns ? lane * L::kVec : 0);
         float weight[L::kShare];
-        softmax<L>(logits, lane, weight);
+        softmax<L>(logits, split, lane, weight);
 
         float sum[L::kVec] = {};
         uint4 raw[4] = {};  // corners left out keep the bits of an earlier one, and count with weight zero
 #pragma unroll L::kUnrolled
         for (int i = 0; i < L::kShare; ++i) {
-            const int mine = i * L::kLanes + lane;
+            const int mine = own_sample<L>(split, i, lane);
             float corner[4] = {};
             int cell = 0;
             if (mine < L::kSamples) {
-                const Spot spot = locate<L>(p, row, offsets, mine);
+                const Spot spot = locate<L>(p, row, mine / L::kPoints, load_pair(offsets + 2 * mine));
                 const float down = weight[i] * spot.ly, up = weight[i] - down;
                 cell = spot.cell;
+#ifdef SMOPE_FORWARD_CLAMP
+                const int level = mine / L::kPoints;
+                const int x = min(max(spot.column, 0), p.width[level] - 1), y = min(max(spot.row, 0), p.height[level] - 1);
+                const unsigned more = ((spot.corners & 3) == 3 || (spot.corners & 12) == 12 ? 1u << 30 : 0u) |
+                                      ((spot.corners & 5) == 5 || (spot.corners & 10) == 10 ? 1u << 31 : 0u);
+                cell = static_cast<int>(static_cast<unsigned>(p.start[level] + y * p.width[level] + x) | more);
+#endif
                 corner[0] = spot.corners & 1 ? up - up * spot.lx : 0.f;
                 corner[1] = spot.corners & 2 ? up * spot.lx : 0.f;
                 corner[2] = spot.corners & 4 ? down - down * spot.lx : 0.f;
@@ -44,11 +55,21 @@ __global__ void __launch_bounds__(256)
             }
 #pragma unroll
             for (int j = 0; j < L::kLanes; ++j) {
-                const int sample = i * L::kLanes + j;
-                if (sample >= L::kSamples) break;
+                if (i * L::kLanes + j >= L::kEach) break;
+                const int sample = min(split * L::kEach + i * L::kLanes + j, L::kSamples - 1);
                 float w[4];
 #pragma unroll
                 for (int c = 0; c < 4; ++c) w[c] = __shfl_sync(kAllLanes, corner[c], j, L::kLanes);
+#ifdef SMOPE_FORWARD_CLAMP
+                const unsigned where = __shfl_sync(kAllLanes, static_cast<unsigned>(cell), j, L::kLanes);
+                const Value* at = value + static_cast<long long>(where & 0x3fffffffu) * L::kStride;
+                const int right = where >> 30 & 1 ? L::kStride : 0;
+                const Value* below = at + (where >> 31 ? static_cast<long long>(p.width[sample / L::kPoints]) * L::kStride : 0);
+                raw[0] = *reinterpret_cast<const uint4*>(at);
+                raw[1] = *reinterpret_cast<const uint4*>(at + right);
+                raw[2] = *reinterpret_cast<const uint4*>(below);
+                raw[3] = *reinterpret_cast<const uint4*>(below + right);
+#else
                 const Value* at =
                     value + static_cast<long long>(__shfl_sync(kAllLanes, cell, j, L::kLanes)) * L::kStride;
                 const Value* below = at + static_cast<long long>(p.width[sample / L::kPoints]) * L::kStride;
@@ -56,6 +77,7 @@ __global__ void __launch_bounds__(256)
                 if (w[1] != 0.f) raw[1] = *reinterpret_cast<const uint4*>(at + L::kStride);
                 if (w[2] != 0.f) raw[2] = *reinterpret_cast<const uint4*>(below);
                 if (w[3] != 0.f) raw[3] = *reinterpret_cast<const uint4*>(below + L::kStride);
+#endif
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
                     float x[L::kVec];
@@ -65,7 +87,12 @@ __global__ void __launch_bounds__(256)
                 }
             }
         }
-        if (owns && place < p.queries) store16(output + pair * L::kHead + lane * L::kVec, sum);
+#pragma unroll
+        for (int step = L::kLanes; step < L::kTeam; step *= 2) {
+#pragma unroll
+            for (int k = 0; k < L::kVec; ++k) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], step);
+        }
+        if (owns && split == 0 && place < p.queries) store16(output + pair * L::kHead + lane * L::kVec, sum);
     }
 }
 

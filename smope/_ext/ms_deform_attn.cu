@@ -9,6 +9,7 @@
 #include "backward.cuh"
 #include "common.cuh"
 #include "forward.cuh"
+#include "gather.cuh"
 #include "tile.cuh"
 
 namespace {
@@ -18,21 +19,30 @@ using smope::F16;
 using Value = SMOPE_VALUE;
 using Offset = SMOPE_OFFSET;
 using Problem = smope::Problem<SMOPE_LEVELS>;
-using Layout = smope::Layout<Value, Offset, SMOPE_HEADS, SMOPE_HEAD, SMOPE_LEVELS, SMOPE_POINTS>;
+template <int kSplit>
+using Split = smope::Layout<Value, Offset, SMOPE_HEADS, SMOPE_HEAD, SMOPE_LEVELS, SMOPE_POINTS, kSplit>;
+using Layout = Split<1>;
+// Where there are few queries: several groups of lanes share the points of one, so that more loads are in flight.
+#ifndef SMOPE_SPLIT
+#define SMOPE_SPLIT 4
+#endif
+#ifndef SMOPE_SCARCE
+#define SMOPE_SCARCE (1 << 17)
+#endif
+constexpr int kMostSplit = Layout::kLanes * SMOPE_SPLIT <= 32 ? SMOPE_SPLIT : 32 / Layout::kLanes;
 using Tiles = smope::Tiles<SMOPE_LEVELS>;
 using Gradients = smope::Gradients<Value>;
 
 int batch_blocks(const Problem& p) { return p.batch < 65535 ? p.batch : 65535; }
 
-dim3 grid_of(const Problem& p, int threads) {
-    const int groups = threads / Layout::kLanes;
-    return dim3((p.queries + groups - 1) / groups, Layout::kHeads, batch_blocks(p));
+dim3 grid_of(const Problem& p, int threads, int team) {
+    const int teams = threads / team;
+    return dim3((p.queries + teams - 1) / teams, Layout::kHeads, batch_blocks(p));
 }
 
-// Few queries are spread over all multiprocessors by small blocks.
-int threads_for(const Problem& p, int most) {
-    const long long lanes = static_cast<long long>(p.batch) * p.queries * Layout::kHeads * Layout::kLanes;
-    return lanes < (1 << 17) ? 64 : most;
+// Few queries are spread over all multiprocessors, by shared work and small blocks.
+bool scarce(const Problem& p) {
+    return static_cast<long long>(p.batch) * p.queries * Layout::kHeads * Layout::kLanes < SMOPE_SCARCE;
 }
 
 Problem problem_of(int batch, int queries, int boxes, const int* shapes, const void* value, const float* reference,
@@ -70,78 +80,56 @@ Gradients slice(const Problem& p, Gradients grad, int first) {
     else
         grad.offsets = static_cast<Offset*>(grad.offsets) + offsets;
     grad.logits = static_cast<Offset*>(grad.logits) + pairs * Layout::kSamples;
-    if (grad.log_sums != nullptr) grad.log_sums += pairs;
     return grad;
 }
 
-// Windows as wide as `rows` cells of shared memory allow: the tile's extent in each level and an equal margin. Where
-// even no margin fits (queries of coarse levels on fine ones), the widest windows shrink first.
-Tiles plan_tiles(const Problem& p, int rows) {
-    Tiles tiles = {};
-    tiles.rows = rows;
-    for (int of = 0; of < SMOPE_LEVELS; ++of) {
-        tiles.columns[of] = smope::ceil_div(p.width[of], smope::kTileSide);
-        tiles.first[of + 1] =
-            tiles.first[of] + tiles.columns[of] * smope::ceil_div(p.height[of], smope::kTileSide);
-        for (int margin = 8, cap = 1 << 16;;) {
-            int used = 0, widest = 0;
-            for (int level = 0; level < SMOPE_LEVELS; ++level) {
-                const auto side = [&](int full, int from) {
-                    const int extent = smope::ceil_div(smope::kTileSide * full, from) + 1 + 2 * margin;
-                    const int side = extent < full ? extent : full;
-                    return side < cap ? side : cap;
-                };
-                const int w = tiles.width[of][level] = side(p.width[level], p.width[of]);
-                const int h = tiles.height[of][level] = side(p.height[level], p.height[of]);
-                used += w * h;
-                widest = w > widest ? w : widest;
-                widest = h > widest ? h : widest;
-            }
-            if (used <= rows) break;
-            if (margin > 4 || (margin > 0 && cap <= 12))
-                --margin;
-            else
-                cap = (cap < widest ? cap : widest) - 1;
-        }
-    }
-    return tiles;
-}
+#if SMOPE_HEAD >= 32 && (SMOPE_HEAD & (SMOPE_HEAD - 1)) == 0 && SMOPE_LEVELS <= 8 && SMOPE_POINTS <= 8
+using Tile = smope::Tile<Layout>;
 
-#if SMOPE_HEAD == 32 && SMOPE_LEVELS <= 8 && SMOPE_POINTS <= 32
 // Whether queries are the cells of the levels, row by row, as in an encoder. (If their number agrees by chance, the
 // result is right all the same.)
-bool tiled(const Problem& p) { return p.queries == p.cells && p.queries >= 1024; }
-
-// Shared memory for two blocks a multiprocessor, or for one where that leaves too little for a window.
-int shared_bytes() {
-    int device = 0, all = 0, most = 0;
+bool tiled(const Problem& p) {
+    int device = 0, most = 0;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    const int half = all / 2 - 1024;
-    return half >= 80 * 1024 && half < most ? half : most;
+    return p.queries == p.cells && p.queries >= 1024 && static_cast<int>(sizeof(Tile::Shared)) <= most;
 }
 
-void spread(const Problem& p, const Gradients& grad, cudaStream_t stream) {
-    const int bytes = shared_bytes();
-    const int records = SMOPE_LEVELS * 32 * 4 * static_cast<int>(sizeof(smope::Record));
-    const Tiles tiles = plan_tiles(p, (bytes - records) / (SMOPE_HEAD * 4));
-    auto kernel = smope::spread_kernel<Layout>;
+void launch_tiles(const Problem& p, const Gradients& grad, cudaStream_t stream) {
+    Tiles tiles = {};
+    for (int of = 0; of < SMOPE_LEVELS; ++of) {
+        tiles.columns[of] = smope::ceil_div(p.width[of], Tile::kWidth);
+        tiles.first[of + 1] = tiles.first[of] + tiles.columns[of] * smope::ceil_div(p.height[of], Tile::kHeight);
+    }
+    auto kernel = smope::tile_kernel<Tile>;
+    const int bytes = sizeof(Tile::Shared);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     const dim3 grid(tiles.first[SMOPE_LEVELS], Layout::kHeads, batch_blocks(p));
-    SMOPE_LAUNCH(kernel, grid, 32 * SMOPE_LEVELS, bytes, stream, p, grad, tiles);
+    SMOPE_LAUNCH(kernel, grid, Tile::kThreads, bytes, stream, p, grad, tiles);
 }
 #else
 bool tiled(const Problem&) { return false; }
-void spread(const Problem&, const Gradients&, cudaStream_t) {}
+void launch_tiles(const Problem&, const Gradients&, cudaStream_t) {}
 #endif
 
-// `images` of the batch at a time: their sums are small enough to stay in the L2 cache until they are rounded.
+template <class Sum, int kSplit>
+void launch_backward(const Problem& p, const Gradients& grad, int threads, cudaStream_t stream) {
+    auto kernel = smope::backward_kernel<Split<kSplit>, Sum>;
+    SMOPE_LAUNCH(kernel, grid_of(p, threads, Split<kSplit>::kTeam), threads, 0, stream, p, grad);
+}
+
+template <int kSplit>
+void launch_forward(const Problem& p, int threads, Value* output, cudaStream_t stream) {
+    auto kernel = smope::forward_kernel<Split<kSplit>>;
+    SMOPE_LAUNCH(kernel, grid_of(p, threads, Split<kSplit>::kTeam), threads, 0, stream, p, output);
+}
+
+// `images` of the batch at a time: their sums are small enough to stay in the L2 cache until they are rounded. Without
+// `sums` (null: fp32) they are added up in grad_value.
 template <class Sum>
 void sweep(const Problem& p, const Gradients& grad, Value* grad_value, void* sums, int images, cudaStream_t stream) {
     const long long cells = p.cells * Layout::kStride;
-    const bool tile = sizeof(Sum) == sizeof(float) && grad.log_sums != nullptr && tiled(p);
-    const int threads = threads_for(p, 128);
+    const bool tile = sizeof(Sum) == sizeof(float) && tiled(p);
     for (int first = 0; first < p.batch; first += images) {
         const Problem part = slice(p, first, first + images < p.batch ? images : p.batch - first);
         Gradients out = slice(p, grad, first);
@@ -149,16 +137,59 @@ void sweep(const Problem& p, const Gradients& grad, Value* grad_value, void* sum
         out.value = sums == nullptr ? static_cast<void*>(rounded) : sums;
         const long long count = part.batch * cells;
         cudaMemsetAsync(out.value, 0, count * sizeof(Sum), stream);
-        auto kernel = smope::backward_kernel<Layout, Sum, true>;
-        if (tile) kernel = smope::backward_kernel<Layout, Sum, sizeof(Sum) != sizeof(float)>;  // false for floats
-        SMOPE_LAUNCH(kernel, grid_of(part, threads), threads, 0, stream, part, out);
-        if (tile) spread(part, out, stream);
+        if (tile)
+            launch_tiles(part, out, stream);
+        else
+            launch_backward<Sum, 1>(part, out, 128, stream);
         if (sums != nullptr) {
             auto round = smope::round_kernel<Value, Sum>;
             const long long blocks = (count / Layout::kVec + 255) / 256;
             SMOPE_LAUNCH(round, static_cast<int>(blocks < 4096 ? blocks : 4096), 256, 0, stream,
                          static_cast<const Sum*>(sums), rounded, count, grad.largest, p.queries);
         }
+    }
+}
+
+#if SMOPE_LEVELS <= 8 && SMOPE_POINTS <= 8
+// Whether queries are so few that cells look for their corners rather than corners add to their cells.
+#ifndef SMOPE_GATHER_QUERIES
+#define SMOPE_GATHER_QUERIES 2048
+#endif
+bool gathers(const Problem& p) { return p.queries <= SMOPE_GATHER_QUERIES && p.queries * 8ll <= p.cells; }
+
+void launch_gather(const Problem& p, const Gradients& grad, void* entries, cudaStream_t stream) {
+    using Gather = smope::Gather<Layout>;
+    int device = 0, processors = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+#ifndef SMOPE_GATHER_BLOCKS
+#define SMOPE_GATHER_BLOCKS 4
+#endif
+    // About as many blocks as run at a time.
+    const long long wanted = SMOPE_GATHER_BLOCKS * processors / (static_cast<long long>(p.batch) * Layout::kHeads);
+    const int cells = static_cast<int>(p.cells), least = smope::ceil_div(cells, Gather::kMostCells);
+    const int range = smope::ceil_div(cells, wanted > least ? static_cast<int>(wanted) : least);
+    const dim3 grid(smope::ceil_div(cells, range), Layout::kHeads, batch_blocks(p));
+    const int bytes = (range + 2 * Gather::kWarps) * sizeof(unsigned) + sizeof(float4);
+    auto kernel = smope::gather_kernel<Layout>;
+    SMOPE_LAUNCH(kernel, grid, Gather::kThreads, bytes, stream, p, grad, static_cast<smope::Entry*>(entries), range);
+}
+#else
+bool gathers(const Problem&) { return false; }
+void launch_gather(const Problem&, const Gradients&, void*, cudaStream_t) {}
+#endif
+
+// `images` of the batch at a time.
+void gather(const Problem& p, const Gradients& grad, Value* grad_value, void* entries, int images, cudaStream_t stream) {
+    for (int first = 0; first < p.batch; first += images) {
+        const Problem part = slice(p, first, first + images < p.batch ? images : p.batch - first);
+        Gradients out = slice(p, grad, first);
+        out.value = grad_value + first * p.cells * Layout::kStride;
+        launch_gather(part, out, entries, stream);
+        if (scarce(p))
+            launch_backward<smope::Nothing, kMostSplit>(part, out, 64, stream);
+        else
+            launch_backward<smope::Nothing, 1>(part, out, 128, stream);
     }
 }
 
@@ -170,30 +201,40 @@ extern "C" {
 int smope_msda_forward(int batch, int queries, int boxes, const int* shapes, const void* value, const float* reference,
                        const void* offsets, const void* logits, void* output, void* stream) {
     const Problem p = problem_of(batch, queries, boxes, shapes, value, reference, offsets, logits);
-    const int threads = threads_for(p, 256);
-    auto kernel = smope::forward_kernel<Layout>;
-    SMOPE_LAUNCH(kernel, grid_of(p, threads), threads, 0, static_cast<cudaStream_t>(stream), p,
-                 static_cast<Value*>(output));
+    if (scarce(p))
+        launch_forward<kMostSplit>(p, 64, static_cast<Value*>(output), static_cast<cudaStream_t>(stream));
+    else
+        launch_forward<1>(p, 256, static_cast<Value*>(output), static_cast<cudaStream_t>(stream));
     return cudaGetLastError();
 }
 
-// `sums` holds `images` images' sums: null to add straight into grad_value (fp32 only), floats where `largest` is
-// null, and 64-bit whole numbers where it points to the largest |grad_output| (deterministic). `log_sums`, if given,
-// is scratch of a float for each (image, query, head) and lets encoders take the faster way.
+// Bytes that the backward needs of `scratch` for each image that it takes at a time.
+long long smope_msda_scratch(int queries, const int* shapes, int deterministic) {
+    const Problem p = problem_of(1, queries, 0, shapes, nullptr, nullptr, nullptr, nullptr);
+    const long long values = p.cells * Layout::kStride;
+    if (deterministic) return values * sizeof(long long);
+    if (gathers(p)) return 4ll * Layout::kHeads * queries * Layout::kSamples * sizeof(smope::Entry);
+    return sizeof(Value) == sizeof(float) ? 0 : values * sizeof(float);
+}
+
+// `largest` points to the largest |grad_output| in deterministic runs, and is null in others. `scratch` is for `images`
+// images at a time.
 int smope_msda_backward(int batch, int queries, int boxes, const int* shapes, const void* value,
                         const float* reference, const void* offsets, const void* logits, const void* grad_output,
                         void* grad_value, void* grad_offsets, void* grad_logits, int in_cells, const float* largest,
-                        void* sums, float* log_sums, int images, void* stream) {
+                        void* scratch, int images, void* stream) {
     const Problem p = problem_of(batch, queries, boxes, shapes, value, reference, offsets, logits);
     Gradients grad = {};
     grad.output = static_cast<const Value*>(grad_output);
     grad.offsets = grad_offsets, grad.logits = grad_logits, grad.in_cells = in_cells, grad.largest = largest;
-    grad.log_sums = log_sums;
     Value* to = static_cast<Value*>(grad_value);
+    const auto queue = static_cast<cudaStream_t>(stream);
     if (largest != nullptr)
-        sweep<long long>(p, grad, to, sums, images, static_cast<cudaStream_t>(stream));
+        sweep<long long>(p, grad, to, scratch, images, queue);
+    else if (gathers(p))
+        gather(p, grad, to, scratch, images, queue);
     else
-        sweep<float>(p, grad, to, sums, images, static_cast<cudaStream_t>(stream));
+        sweep<float>(p, grad, to, scratch, images, queue);
     return cudaGetLastError();
 }
 

@@ -250,19 +250,25 @@ def _architectures() -> list[str]:
 
 
 def _load_kernel(kernel: Kernel, retry: bool) -> None:
-    binding = _load_binding(retry)
+    load_binding(retry)
     sources = [SOURCES / "ms_deform_attn.cu", *sorted(SOURCES.glob("*.cuh"))]
     flags = [*kernel.defines, "-O3"]
     flags += architecture_flags()
-    library = ctypes.CDLL(str(compiled_library(kernel.label, sources, flags, retry)))
-    functions = (library.smope_msda_forward, library.smope_msda_backward)
+    register(kernel, ctypes.CDLL(str(compiled_library(kernel.label, sources, flags, retry))), retry)
+
+
+def register(kernel: Kernel, library: ctypes.CDLL, retry: bool = False) -> None:
+    """The operator takes this library for the kernel's shapes and types from now on."""
+    functions = (library.smope_msda_forward, library.smope_msda_backward, library.smope_msda_scratch)
     entries = [ctypes.cast(function, ctypes.c_void_p) for function in functions]
     types = (_SCALAR_TYPE[kernel.value], _SCALAR_TYPE[kernel.offset])
-    binding.smope_register(kernel.heads, kernel.head, kernel.levels, kernel.points, *types, *entries)
+    load_binding(retry).smope_register(
+        kernel.heads, kernel.head, kernel.levels, kernel.points, *types, *entries
+    )
 
 
 @functools.cache
-def _load_binding(retry: bool) -> ctypes.CDLL:
+def load_binding(retry: bool = False) -> ctypes.CDLL:
     import smope.ops.library  # noqa: F401  # the schemas that the binding implements
 
     return ctypes.CDLL(str(compiled_library("msda_binding", [SOURCES / "binding.cpp"], ["-O2"], retry)))

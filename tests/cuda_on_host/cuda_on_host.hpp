@@ -220,11 +220,11 @@ inline int cudaMemsetAsync(void* to, int byte, size_t count, void*) {
 }
 inline int cudaGetLastError() { return 0; }
 inline int cudaGetDevice(int* device) { return *device = 0; }
-enum { cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline int host_shared_memory = 64 << 10;  // little, so that tests reach what does not fit
-inline int cudaDeviceGetAttribute(int* value, int, int) {
-    *value = host_shared_memory;
+inline int host_shared_memory = 99 << 10;  // of a block, as on sm_89
+inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : host_shared_memory;
     return 0;
 }
 template <class Kernel>
