@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -122,16 +122,8 @@ class TimedLoop(Loop):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", type=Path)
+    parser = arguments_of(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="that are timed")
-    parser.add_argument("--warmup", type=int, default=8, help="steps before them")
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
-    parser.add_argument("--workers", type=int, help="default: the recipe's")
-    parser.add_argument("--compile", nargs="*", help="submodules to compile; default: the recipe's")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--out", type=Path, action="append", default=[], help="add a row: .json or .md")
     options = parser.parse_args(arguments)
     row = measure(options)
@@ -141,15 +133,46 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return row
 
 
+def arguments_of(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of a training step is told."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--warmup", type=int, default=8, help="steps before those that are measured")
+    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
+    parser.add_argument("--workers", type=int, help="default: the recipe's")
+    parser.add_argument("--compile", nargs="*", help="submodules to compile; default: the recipe's")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    return parser
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    plan = planned(load_recipe(options.recipe), options)
-    with joined(options.device) as ranks, tempfile.TemporaryDirectory() as out:
+    plan = planned(load_recipe(options.recipe), options, options.warmup + options.steps)
+    with prepared(plan, options.device, TimedLoop) as (loop, objective):
+        loop.clock, loop.first, loop.last = (
+            Clock(loop.ranks.device),
+            options.warmup,
+            options.warmup + options.steps,
+        )
+        with marked(loop, objective):
+            loop.run()
+        return result(options, plan, loop)
+
+
+SomeLoop = TypeVar("SomeLoop", bound=Loop)
+
+
+@contextmanager
+def prepared(plan: Recipe, device: str | None, kind: type[SomeLoop]) -> Iterator[tuple[SomeLoop, Any]]:
+    """The loop of a recipe with its first weights, and its objective."""
+    with joined(device) as ranks, tempfile.TemporaryDirectory() as out:
         objects = objects_of(None, None, None, plan.data)
         source, _ = _source(objects, None, None, None, plan, ranks)
         config = network_config(plan, None)
         objective = make_objective(plan, objects, config, source.clutter)
         torch.manual_seed(plan.run.seed)
-        loop = TimedLoop(
+        loop = kind(
             build_network(config),
             PoseTask(objective, objects, ()),
             source.stream,
@@ -158,19 +181,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             Path(out),
             ranks,
         )
-        loop.clock, loop.first, loop.last = (
-            Clock(ranks.device),
-            options.warmup,
-            options.warmup + options.steps,
-        )
         backbone = expand(plan.data.backbone) if plan.data.backbone else None
         begin(loop, None, backbone, False, False)
-        with marked(loop, objective):
-            loop.run()
-        return result(options, plan, loop)
+        yield loop, objective
 
 
-def planned(plan: Recipe, options: argparse.Namespace) -> Recipe:
+def planned(plan: Recipe, options: argparse.Namespace, steps: int) -> Recipe:
     """The recipe, as long as the benchmark and with nothing written or scored meanwhile."""
     given = {
         "batch_size": options.batch_size,
@@ -180,7 +196,7 @@ def planned(plan: Recipe, options: argparse.Namespace) -> Recipe:
     run = replace(
         plan.run,
         max_minutes=None,
-        max_steps=options.warmup + options.steps,
+        max_steps=steps,
         piece_minutes=None,
         eval_minutes=0.0,
         eval_images=0,

@@ -113,18 +113,19 @@ class Loop:
     def _compile(self, name: str) -> None:
         """A submodule of the model or, as task.<name>, a function of the task or of what it holds.
 
-        Submodules of one class share a graph, so their layers are compiled once.
+        Submodules of one class share a graph, so their layers are compiled once. Shapes are the same in every
+        step; what is called with several in a step gets a graph for each.
         """
         if not name.startswith("task."):
             # Parts are compiled, not the whole: nothing is to be cut into distributed training's buckets.
             torch._dynamo.config.optimize_ddp = False
-            self.model.get_submodule(name).compile()
+            self.model.get_submodule(name).compile(dynamic=False)
             return
         *holders, leaf = name.split(".")[1:]
         owner: Any = self.task
         for holder in holders:
             owner = getattr(owner, holder)
-        setattr(owner, leaf, torch.compile(getattr(owner, leaf)))
+        setattr(owner, leaf, torch.compile(getattr(owner, leaf), dynamic=False))
 
     def _wrap(self, module: _Step) -> nn.Module:
         if self.ranks.world == 1:
