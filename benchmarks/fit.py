@@ -44,7 +44,6 @@ PARTS = (
     "light and compose",
     "forward and loss",
     "  costs of matching",
-    "  wait for the costs",
     "  assignment",
     "backward",
     "optimiser",
@@ -225,7 +224,6 @@ def marked(loop: TimedLoop, objective: Any) -> Iterator[None]:
     if isinstance(getattr(objective, "matcher", None), matching.HungarianMatcher):
         mark(objective.matcher, "cost_table", "  costs of matching")
         mark(matching, "assign", "  assignment")
-        mark(matching, "arrival", "  wait for the costs")
     mark(torch.Tensor, "backward", "backward")
     mark(loop.optimiser, "step", "optimiser")
     mark(loop.ema, "update", "moving average")

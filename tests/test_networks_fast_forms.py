@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from smope.networks import shifted
 from smope.networks.backbone import ConvNorm
 from smope.networks.deformable import CellProjection, EncoderLayer, NarrowLayerNorm
 from smope.networks.position import cell_centres, pyramid_positions
@@ -51,6 +52,38 @@ def test_thinned_convolution_is_the_strided_one(height: int, width: int) -> None
 def test_only_strided_3x3_depthwise_convolutions_are_thinned() -> None:
     kinds = [(6, 6, 5, 2, 6), (6, 6, 3, 2, 6), (6, 6, 3, 1, 6), (6, 6, 3, 2, 1)]
     assert [ConvNorm(*kind).thins for kind in kinds] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 2)])
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (9, 7)])
+def test_summed_shifts_are_the_depthwise_convolution(
+    kernel: int, stride: int, height: int, width: int
+) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 6, height, width), torch.randn(6, 1, kernel, kernel), torch.randn(6)
+    found = shifted.depthwise(x, weight, bias, stride, ((0, kernel - 1), (1, kernel - 2)))
+    padded = nn.functional.pad(x, (1, kernel - 2, 0, kernel - 1))
+    torch.testing.assert_close(found, nn.functional.conv2d(padded, weight, bias, stride, groups=6))
+
+
+def test_shifts_are_summed_in_float32_and_rounded_once() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, 4, 9, 9).bfloat16(), torch.randn(4, 1, 3, 3), torch.randn(4)
+    found = shifted.depthwise(x, weight, bias, 1, ((1, 1), (1, 1)))
+    exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=4)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 3), (2, 1), (5, 6)])
+def test_doubled_maps_have_pytorchs_gradients(height: int, width: int) -> None:
+    x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    along = torch.randn(2, 3, 2 * height, 2 * width, dtype=torch.float64)
+    found = shifted.Twice.apply(x)
+    expected = nn.functional.interpolate(x, along.shape[-2:], mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found, expected)
+    mine, theirs = (torch.autograd.grad(y, x, along)[0] for y in (found, expected))
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_projected_cells_are_a_convolution_and_a_group_norm() -> None:

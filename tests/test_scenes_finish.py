@@ -19,7 +19,7 @@ from smope.scenes import degrade
 from smope.scenes.compose import TextureBank, bilinear, compose, find_surface, visibility
 from smope.scenes.config import SceneConfig
 from smope.scenes.degrade import CameraDraw, blur, blur_kernels, photograph
-from smope.scenes.filters import gaussian, pad, separable
+from smope.scenes.filters import gaussian, pad, separable, summed
 from smope.scenes.fuse import Fused
 from smope.scenes.jpeg import coding_tables, recode
 from smope.scenes.layout import MAPS, scene_fields
@@ -96,13 +96,15 @@ def sampled(pictures: Tensor, grid: Tensor) -> Tensor:
 def test_separable_filters_are_scipys() -> None:
     images = torch.rand(3, 2, 14, 19, generator=random(0))
     sigma = torch.tensor([0.4, 1.1, 2.0])
-    got = separable(pad(images, 5), gaussian(sigma, 5))
+    given = pad(images, 5), gaussian(sigma, 5)
+    got, on_cuda = separable(*given), summed(*given)
     for k in range(3):
         for c in range(2):
             expected = ndimage.gaussian_filter(
                 images[k, c].numpy(), sigma[k].item(), radius=5, mode="nearest"
             )
             np.testing.assert_allclose(got[k, c].numpy(), expected, atol=1e-6)
+            np.testing.assert_allclose(on_cuda[k, c].numpy(), expected, atol=1e-6)
 
 
 def test_each_picture_is_blurred_by_its_own_motion() -> None:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from smope.networks import shifted
+
 BackboneName = Literal["efficientnet_lite2", "resnet50v2"]
 
 
@@ -43,7 +45,8 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
         self.relu = relu
-        self.thins = groups > 1 and kernel == 3 and stride == 2
+        self.small = kernel == 3 and groups == inputs == outputs and groups > 1
+        self.thins = self.small and stride == 2
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         assert self.norm.running_mean is not None
@@ -51,12 +54,18 @@ class ConvNorm(nn.Module):
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
         weight = self.conv.weight * scale[:, None, None, None]
         bias = self.norm.bias - self.norm.running_mean * scale
-        if self.thins and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        if self._sums_shifts(x):
+            x = shifted.depthwise(x, weight, bias, self.conv.stride[0], self._ends(x))
+        elif self.thins and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             x = self.thinned(x, weight, bias)
         else:
             x, padding = self._padded(x)
             x = F.conv2d(x, weight, bias, self.conv.stride, padding, 1, self.conv.groups)
         return F.relu6(x, inplace=True) if self.relu else x  # the largest maps: one pass less over memory
+
+    def _sums_shifts(self, x: Tensor) -> bool:
+        """Without gradients: with them the convolution's own are the faster, and want its own form."""
+        return self.small and x.is_cuda and torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
     def thinned(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The strided convolution as every other result of the one without stride.
@@ -77,13 +86,13 @@ class ConvNorm(nn.Module):
             return x, (top, left)
         return F.pad(x, (left, right, top, bottom)), (0, 0)
 
-    def _ends(self, x: Tensor) -> list[tuple[int, int]]:
+    def _ends(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
         """Padding before and after, of the height and of the width"""
         ends = []
         for size, kernel, stride in zip(x.shape[-2:], self.conv.kernel_size, self.conv.stride, strict=True):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             ends.append((total // 2, total - total // 2))
-        return ends
+        return ends[0], ends[1]
 
 
 class InvertedResidual(nn.Module):

@@ -20,6 +20,7 @@ from smope.networks.gauss_newton import gauss_newton_step, move, prior_of
 from smope.networks.outputs import Features, PoseEstimate
 from smope.networks.pose_head import ImageSize, pixels_to_unit
 from smope.networks.precision import without_autocast
+from smope.networks.shifted import Twice
 
 
 class PoseMaps(nn.Module):
@@ -38,14 +39,22 @@ class PoseMaps(nn.Module):
 
     def forward(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
         plain = self.fine(features.fine)
-        around = F.interpolate(
-            self.context(features.level(0)), plain.shape[-2:], mode="bilinear", align_corners=False
-        )
+        around = enlarged(self.context(features.level(0)), (plain.shape[-2], plain.shape[-1]))
         return (
             self.middle(features.level(0)),
             self.coarse(features.level(1)),
             plain + self.merge(F.relu(plain + around)),
         )
+
+
+def enlarged(x: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[B, C, h, w] -> [B, C, *shape], bilinear; float32 under autocast, as PyTorch has it on a GPU"""
+    twice = shape == (2 * x.shape[-2], 2 * x.shape[-1])
+    if twice and x.is_cuda and torch.compiler.is_compiling() and torch.is_grad_enabled():
+        widened = x.float() if torch.is_autocast_enabled("cuda") else x
+        doubled: Tensor = Twice.apply(widened)
+        return doubled
+    return F.interpolate(x, shape, mode="bilinear", align_corners=False)
 
 
 def read_maps(maps: tuple[Tensor, ...], points: Tensor) -> Tensor:

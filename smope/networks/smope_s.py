@@ -224,6 +224,10 @@ class SmopeS(nn.Module):
                 self.config.denoising_groups, targets.labels.shape[1], best.shape[1], noised.device
             )
 
+        if (
+            torch.is_grad_enabled()
+        ):  # as the later layers' are: else torch.compile makes the first its own graph
+            queries.requires_grad_()
         all_queries, all_boxes = [], []
         for layer, box_head in zip(self.decoder, self.box_heads, strict=True):
             positions = self.box_position(sine_embedding(reference, self.config.width // 2))

@@ -61,7 +61,8 @@ def _assign(table, chosen, queries, slots, Q: tl.constexpr, N: tl.constexpr):  #
 
 
 def assign_on_device(table: Tensor) -> Tensor:
-    """[L, B, Q, N] costs, N at most Q, on the GPU -> [L, B, N] each slot's query in the cheapest assignment"""
+    """[L, B, Q, N] finite costs on the GPU, N at most Q -> [L, B, N] each slot's query in the cheapest
+    assignment"""
     layers, images, queries, slots = table.shape
     table = table.float().contiguous()
     chosen = torch.empty(layers, images, slots, dtype=torch.int64, device=table.device)

@@ -3,8 +3,8 @@ Deformable DETR)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -24,35 +24,17 @@ class MatchCosts:
 
 
 class HungarianMatcher:
-    """All layers and images in one cost tensor, one copy to the CPU, one assignment problem each."""
+    """All layers and images in one cost tensor, and one assignment problem each."""
 
     def __init__(self, costs: MatchCosts | None = None) -> None:
         self.costs = costs or MatchCosts()
 
+    @torch.no_grad()
     def __call__(self, detections: Detections, targets: Targets) -> Tensor:
         """-> [L + 1, B, N] the query of each object slot, counted behind the denoising ones, -1 for empty
         slots; the last row is the encoder's proposals."""
-        return self.start(detections, targets)()
-
-    @torch.no_grad()
-    def start(self, detections: Detections, targets: Targets) -> Callable[[], Tensor]:
-        """Send the costs on their way to the CPU; what is called later waits for them, and matches.
-
-        Work that is launched in between keeps the device busy while the CPU matches.
-        """
-        table, empty = self.cost_table(detections, targets), (targets.labels < 0)[None]
-        if not table.is_cuda:
-            return lambda: assign(table).masked_fill(empty, -1)
-        pinned = torch.empty(table.shape, pin_memory=True).copy_(table, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-
-        def finish() -> Tensor:
-            arrival(arrived)
-            match = assign(pinned).pin_memory().to(table.device, non_blocking=True)
-            return match.masked_fill(empty, -1)
-
-        return finish
+        match = assign(self.cost_table(detections, targets))
+        return match.masked_fill((targets.labels < 0)[None], -1)
 
     def cost_table(self, detections: Detections, targets: Targets) -> Tensor:
         """[L + 1, B, Q, N] float32"""
@@ -73,17 +55,21 @@ class HungarianMatcher:
         return cost.float().masked_fill(empty, 0.0).nan_to_num(1e4, 1e4, 1e4)
 
 
-def arrival(event: torch.cuda.Event) -> None:
-    """Wait for the costs."""
-    event.synchronize()
-
-
 def assign(table: Tensor) -> Tensor:
-    """[L, B, Q, N] costs on the CPU -> [L, B, N] each slot's query in the cheapest assignment"""
+    """[L, B, Q, N] costs -> [L, B, N] each slot's query in the cheapest assignment; N at most Q.
+
+    On a GPU where Triton is to be had, as with every PyTorch for CUDA on Linux: the host, which must hand out
+    work ahead of the device, then never waits for it within a step.
+    """
+    if table.is_cuda and find_spec("triton") is not None:
+        from smope.train.assign_triton import assign_on_device
+
+        return assign_on_device(table)
     layers, images, queries, slots = table.shape
     # With no more slots than queries every slot is matched, and scipy returns the slots in order.
-    chosen = [linear_sum_assignment(one.T)[1] for one in table.numpy().reshape(-1, queries, slots)]
-    return torch.from_numpy(np.stack(chosen)).view(layers, images, slots)
+    problems = table.cpu().numpy().reshape(-1, queries, slots)
+    chosen = np.stack([linear_sum_assignment(one.T)[1] for one in problems])
+    return torch.from_numpy(chosen).view(layers, images, slots).to(table.device)
 
 
 def _focal_cost(logits: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -73,13 +73,13 @@ class PairTruth:
             self.K.repeat(times, 1, 1),
         )
 
-    @torch.no_grad()
     def nearest(self, rotation: Tensor) -> PoseEstimate:
         """The acceptable pose whose rotation moves the surface least, in the mean square, from `rotation`."""
-        change = rotation[..., None, :, :] - self.rotations  # [B, P, S, 3, 3]
-        # mean |dR p|^2 = trace(dR C dR^T) with C = mean p p^T: no points needed.
-        distance = ((change @ self.covariance[..., None, :, :]) * change).sum((-1, -2))
-        best = distance.argmin(-1)[..., None]  # [B, P, 1]
-        chosen = self.rotations.gather(2, best[..., None, None].expand(*best.shape, 3, 3))[:, :, 0]
-        translation = self.translations.gather(2, best[..., None].expand(*best.shape, 3))[:, :, 0]
-        return PoseEstimate(chosen, translation, project(translation, self.K))
+        with torch.no_grad():  # as a decorator it would end a graph of torch.compile
+            change = rotation[..., None, :, :] - self.rotations  # [B, P, S, 3, 3]
+            # mean |dR p|^2 = trace(dR C dR^T) with C = mean p p^T: no points needed.
+            distance = ((change @ self.covariance[..., None, :, :]) * change).sum((-1, -2))
+            best = distance.argmin(-1)[..., None]  # [B, P, 1]
+            chosen = self.rotations.gather(2, best[..., None, None].expand(*best.shape, 3, 3))[:, :, 0]
+            translation = self.translations.gather(2, best[..., None].expand(*best.shape, 3))[:, :, 0]
+            return PoseEstimate(chosen, translation, project(translation, self.K))
