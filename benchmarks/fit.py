@@ -104,6 +104,7 @@ class TimedLoop(Loop):
     first: int  # the step that the clock starts with
     last: int
     seconds: float = 0.0
+    first_step_seconds: float = 0.0  # most of which is compiling
 
     def _one_step(self, batch: Any, progress: float, waited: float) -> float:
         if self.state.step == self.first:
@@ -111,8 +112,12 @@ class TimedLoop(Loop):
             if self.clock.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.clock.device)
             self.clock.on, self._began = True, time.perf_counter()
+        began = time.perf_counter()
         with self.clock.part("whole step"):
             rate = super()._one_step(batch, progress, waited)
+        if self.state.step == 1:
+            self.clock.wait()
+            self.first_step_seconds = time.perf_counter() - began
         if self.state.step == self.last:
             self.clock.wait()
             self.seconds = time.perf_counter() - self._began
@@ -261,6 +266,7 @@ def result(options: argparse.Namespace, plan: Recipe, loop: TimedLoop) -> dict[s
         "steps": steps,
         "images_s": round(steps * plan.run.batch_size / loop.seconds, 1),
         "step_ms": round(loop.seconds / steps * 1e3, 2),
+        "first_step_s": round(loop.first_step_seconds, 1),
         "peak_device_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if on_gpu else None,
         "parameters": parameters(loop.model),
         "parts": parts,
@@ -288,7 +294,8 @@ def page(row: dict[str, Any]) -> str:
     lines = [
         f"\n## {row['images_s']} images/s: {row['device']}, {row['date']}\n",
         f"`{row['recipe']}`, torch {row['torch']}, batch {row['batch']}, {row['workers']} rendering "
-        f"processes, compiled: {compiled}; {row['steps']} steps of {row['step_ms']} ms{memory}.\n",
+        f"processes, compiled: {compiled}; {row['steps']} steps of {row['step_ms']} ms, the first "
+        f"{row['first_step_s']} s{memory}.\n",
         "| part | host, ms a step | device, ms a step |",
         "| --- | ---: | ---: |",
     ]

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from train_toy import OPTIM, RUN, ToyTask, make_model, stream
 
+from smope.networks.backbone import ConvNorm
 from smope.networks.deformable import EncoderLayer
 from smope.networks.position import cell_centres, pyramid_positions
+from smope.networks.shifted import Twice
 from smope.train.distributed import Ranks
 from smope.train.loop import Loop
+from smope.train.pose_targets import PairTruth
 
 SHAPES = ((4, 6), (2, 3))
 
@@ -75,6 +78,54 @@ def test_encoder_layers_share_one_graph_with_our_operator(monkeypatch: pytest.Mo
     assert not any("grid_sample" in name for name in called)
     trained(layers, 2)
     assert len(graphs) == 1
+
+
+def test_depthwise_convolution_without_gradients_sums_shifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = ConvNorm(6, 6, 3, 2, groups=6)
+    x = torch.randn(2, 6, 8, 10)
+    plain = layer(x).detach()
+    assert not layer._sums_shifts(x)
+    takes = lambda self, x: self.small and not torch.is_grad_enabled()  # noqa: E731  # as on a GPU
+    monkeypatch.setattr(ConvNorm, "_sums_shifts", takes)
+    called: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        called.append(any("conv2d" in str(node.target) for node in graph.graph.nodes))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    layer.compile(backend=backend, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain)
+    torch.testing.assert_close(layer(x).detach(), plain)
+    assert called == [False, True]
+
+
+def test_doubled_map_is_differentiated_by_our_own_rule_within_a_graph() -> None:
+    narrow = torch.randn(2, 3, 4, 5).bfloat16().requires_grad_()
+    along = torch.randn(2, 3, 8, 10)
+    whole = torch.compile(lambda x: Twice.apply(x.float()), backend="aot_eager", fullgraph=True)
+    plain = nn.functional.interpolate(narrow.float(), (8, 10), mode="bilinear", align_corners=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = whole(narrow)
+    torch.testing.assert_close(found, plain)
+    mine, theirs = (torch.autograd.grad(y, narrow, along)[0] for y in (found, plain))
+    assert mine.dtype == torch.bfloat16
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_truth_that_is_repeated_within_a_graph_does_not_end_it() -> None:
+    truth = PairTruth(
+        torch.randn(2, 3, 4, 3, 3), torch.rand(2, 3, 4, 3) + 1, torch.eye(3).expand(2, 3, 3, 3),
+        torch.eye(3).expand(2, 3, 3),
+    )  # fmt: skip
+    rotation = torch.randn(4, 3, 3, 3)
+    whole = torch.compile(
+        lambda: truth.repeat(2).nearest(rotation).translation, backend="eager", fullgraph=True
+    )
+    chosen = (rotation[:, :, None] - truth.rotations.repeat(2, 1, 1, 1, 1)).square().sum((-1, -2)).argmin(-1)
+    expected = truth.translations.repeat(2, 1, 1, 1).gather(2, chosen[..., None, None].expand(-1, -1, 1, 3))
+    torch.testing.assert_close(whole(), expected[:, :, 0])
 
 
 class Stem(nn.Conv2d):
