@@ -101,6 +101,7 @@ def test_depthwise_convolution_without_gradients_sums_shifts(monkeypatch: pytest
     assert called == [False, True]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo itself
 def test_doubled_map_is_differentiated_by_our_own_rule_within_a_graph() -> None:
     narrow = torch.randn(2, 3, 4, 5).bfloat16().requires_grad_()
     along = torch.randn(2, 3, 8, 10)

@@ -224,10 +224,8 @@ class SmopeS(nn.Module):
                 self.config.denoising_groups, targets.labels.shape[1], best.shape[1], noised.device
             )
 
-        if (
-            torch.is_grad_enabled()
-        ):  # as the later layers' are: else torch.compile makes the first its own graph
-            queries.requires_grad_()
+        if targets is not None and torch.is_grad_enabled():
+            queries.requires_grad_()  # as the later layers' do: else torch.compile makes a graph for the first
         all_queries, all_boxes = [], []
         for layer, box_head in zip(self.decoder, self.box_heads, strict=True):
             positions = self.box_position(sine_embedding(reference, self.config.width // 2))
