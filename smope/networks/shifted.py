@@ -18,8 +18,8 @@ def depthwise(
     """Depthwise convolution of [B, C, H, W], summed in float32 and given in x's type.
 
     weight [C, 1, k, k], bias [C]; `ends` is the padding (before, after) of the height and of the width.
-    cuDNN has no fast kernel for a 3x3 on bfloat16 maps of 240x320, channels last: 19 ms for 96 images on an
-    H200, where reading and writing the map takes 0.2 ms.
+    Of EfficientNet's first stages two 3x3 on bfloat16 maps, channels last, took 38 ms of a step of 268 by
+    cuDNN's choice of a kernel (96 images of 640x480, H200, benchmarks/fit_kernels.py).
     """
     (top, bottom), (left, right) = ends
     padded = F.pad(x, (left, right, top, bottom))

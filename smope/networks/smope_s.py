@@ -225,7 +225,7 @@ class SmopeS(nn.Module):
             )
 
         if targets is not None and torch.is_grad_enabled():
-            queries.requires_grad_()  # as the later layers' do: else torch.compile makes a graph for the first
+            queries.requires_grad_()  # as the later layers' do: else the first is compiled apart
         all_queries, all_boxes = [], []
         for layer, box_head in zip(self.decoder, self.box_heads, strict=True):
             positions = self.box_position(sine_embedding(reference, self.config.width // 2))
