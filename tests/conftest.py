@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -34,6 +34,16 @@ def fixtures_root(data_root: Path) -> Path:
     if not root.is_dir():
         pytest.skip(f"SMOPE_FIXTURES is not set and {root} (beside SMOPE_DATA) does not exist")
     return root
+
+
+@pytest.fixture(scope="module")
+def few_textures() -> Iterator[None]:
+    """For the streams of scenes of a whole file."""
+    import small_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        small_model.few_textures(patch)
+        yield
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
