@@ -35,7 +35,7 @@ targets = [1, 2]
 max_minutes = 5.0
 batch_size = 2
 workers = 0
-precision = "bf16"
+precision = "fp32"
 """
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_model import K, noise, small_model
+from small_model import K, noise, small_model, thin_backbone
 
 from smope import SMOPE, Camera, Poses, cli
 from smope.architectures import find
@@ -25,6 +25,7 @@ from smope.images import load_image
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "onnx_only.py"
+OTHER = (128, 80)  # pixels; the small model is of 96x64
 DEMO = ROOT / "smope" / "assets" / "demo.png"
 
 
@@ -35,7 +36,10 @@ def camera() -> Camera:
 
 @pytest.fixture(scope="module")
 def model() -> SMOPE:
-    return small_model()
+    """The time of an export goes by the number of operators."""
+    with pytest.MonkeyPatch.context() as patch:
+        thin_backbone(patch)
+        return small_model()
 
 
 def expected(model: SMOPE, batch: dict[str, NDArray[Any]], top_k: int) -> dict[str, NDArray[Any]]:
@@ -75,17 +79,18 @@ def check(found: Any, expected: dict[str, NDArray[Any]], rows: slice = slice(Non
 @pytest.fixture(scope="module")
 def small_pt2(model: SMOPE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "small.pt2"
-    assert export_model(model, out, "pt2", top_k=5) == out.with_name("small.meshes.npz")
+    assert export_model(model, out, "pt2", OTHER, top_k=5) == out.with_name("small.meshes.npz")
     return out
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pt2_gives_what_the_network_gives(model: SMOPE, small_pt2: Path) -> None:
-    images = np.stack([noise(i).permute(1, 2, 0).numpy() for i in range(3)])  # three, where two were exported
+    images = np.stack([noise(i, *OTHER).permute(1, 2, 0).numpy() for i in range(3)])  # exported were two
     batch = {"images": images, "K": np.array([K] * 3, np.float32)}
     batch["K"][1, :2] *= 1.1
     arrays = dict(np.load(small_pt2.with_suffix(".meshes.npz")))
+    assert arrays["size"].tolist() == list(OTHER)
     meshes = [torch.from_numpy(arrays[name]) for name in arrays if name not in ("names", "size")]
     program = torch.export.load(small_pt2).module()
     with torch.no_grad():
