@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +206,54 @@ def test_on_real_photos_it_finds_what_predict_finds(lmo_onnx: Path, lmo: SMOPE, 
         same_objects(run_example(lmo_onnx, photo, torch.tensor(lmo.config.K)), lmo.predict(photo))
 
 
+class Running:
+    """`smope serve` in a thread, which ends when asked to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        uvicorn = pytest.importorskip("uvicorn")
+        run = uvicorn.Server.run
+
+        def noted(server: Any, *given: Any, **options: Any) -> None:
+            self.server = server
+            run(server, *given, **options)
+
+        monkeypatch.setattr(uvicorn.Server, "run", noted)
+        self.server: Any = None
+
+    def start(self, arguments: list[str]) -> None:
+        self.thread = threading.Thread(target=cli.main, args=(arguments,))
+        self.thread.start()
+        deadline = time.monotonic() + 100
+        while self.server is None or not self.server.started:
+            assert self.thread.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def as_curl(arguments: list[str]) -> bytes:
+    """-H HEADER --data-binary @FILE ADDRESS"""
+    given = argparse.ArgumentParser()
+    given.add_argument("-H", dest="header")
+    given.add_argument("--data-binary")
+    given.add_argument("address")
+    options = given.parse_args(arguments)
+    name, _, value = options.header.partition(": ")
+    body = Path(options.data_binary.removeprefix("@")).read_bytes()
+    asked = urllib.request.Request(options.address, body, {name: value})
+    with urllib.request.urlopen(asked, timeout=100) as answer:
+        return bytes(answer.read())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_page_on_deploying_runs(
@@ -222,15 +275,21 @@ def test_the_page_on_deploying_runs(
 
     page = (ROOT / "docs" / "deploy.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     known: dict[str, Any] = {}
+    running, port = Running(monkeypatch), free_port()
     for kind, code in blocks:
         if kind == "python":
             exec(compile(code, "docs/deploy.md", "exec"), known)
             continue
         for line in code.splitlines():
-            program, *arguments = shlex.split(line)
-            if program == "smope":
+            program, *arguments = shlex.split(line.replace("8080", str(port)))
+            if arguments == ["serve"]:
+                running.start(["serve", "--port", str(port)])
+            elif program == "curl":
+                assert len(Poses.from_dict(json.loads(as_curl(arguments)))) >= 3
+                running.stop()
+            elif program == "smope":
                 assert cli.main(arguments) == 0, line
             else:
                 arguments[0] = str(ROOT / arguments[0])
