@@ -12,6 +12,10 @@ import pytest
 # Set before anything imports huggingface_hub, which reads it once: no test may reach a real hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Where pytest-xdist runs files side by side, each of its processes, and those it starts, has one core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # No deadline, as two slow cores are shared; the same examples each time, so that a failure can be seen again.
 hypothesis.settings.register_profile("smope", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("smope")
