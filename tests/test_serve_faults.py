@@ -177,10 +177,13 @@ def test_the_command_serves_and_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "smope", "serve", "--model", str(tmp_path / "weights"), "--port", "0"]
     buffer = io.BytesIO()
     Image.fromarray(noise(0).permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    # Where tests run in the background SIGINT is ignored, and a process started then would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         [*command, "--objects", "brick", "--device", "cpu"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:  # fmt: skip
+        signal.signal(signal.SIGINT, before)
         try:
             assert process.stdout is not None
             address = process.stdout.readline().partition(" ")[0]
