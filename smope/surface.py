@@ -73,13 +73,17 @@ def farthest_points(points: Floats, count: int) -> Ints:
 
     It begins at the point farthest along a fixed slanted direction.
     """
-    columns = torch.from_numpy(np.ascontiguousarray(points.T))  # [3, N]
-    nearest = torch.full((len(points),), torch.inf, dtype=columns.dtype)
+    columns = np.ascontiguousarray(points.T)  # [3, N]
+    nearest = np.full(len(points), np.inf)
+    offsets, squares = np.empty_like(columns), np.empty_like(nearest)  # made once: two thousand rounds
     chosen = np.empty(count, dtype=np.int64)
     chosen[0] = int(np.argmax(points @ _START))
     for index in range(1, count):
-        offsets = columns - columns[:, chosen[index - 1], None]
-        nearest = torch.minimum(nearest, offsets.square_().sum(dim=0))
+        np.subtract(columns, columns[:, chosen[index - 1], None], out=offsets)
+        np.multiply(offsets, offsets, out=offsets)
+        np.add(offsets[0], offsets[1], out=squares)
+        np.add(squares, offsets[2], out=squares)
+        np.minimum(nearest, squares, out=nearest)
         chosen[index] = int(nearest.argmax())
     return chosen
 
@@ -176,7 +180,7 @@ def _smooth_normals(hits: Floats, normals: Floats, chosen: Ints) -> Floats:
     smooth = []
     for centre, normal in zip(own_points.split(256), own.split(256), strict=True):
         # Weights fall to 0 without a jump, so that rounding changes nothing.
-        near = (1 - torch.cdist(centre, points) / SMOOTHING).clamp_(min=0)
-        alike = (normal @ directions.T - 0.7).clamp_(min=0)
-        smooth.append(0.1 * normal + (near * alike) @ directions)
+        near = torch.cdist(centre, points).div_(-SMOOTHING).add_(1).clamp_(min=0)
+        alike = (normal @ directions.T).sub_(0.7).clamp_(min=0)
+        smooth.append(0.1 * normal + near.mul_(alike) @ directions)
     return torch.nn.functional.normalize(torch.cat(smooth), dim=-1).double().numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +11,10 @@ import pytest
 
 # Set before anything imports huggingface_hub, which reads it once: no test may reach a real hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Where pytest-xdist runs files side by side, each of its processes, and those it starts, has one core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # No deadline, as two slow cores are shared; the same examples each time, so that a failure can be seen again.
 hypothesis.settings.register_profile("smope", deadline=None, derandomize=True, max_examples=60)
@@ -34,6 +38,16 @@ def fixtures_root(data_root: Path) -> Path:
     if not root.is_dir():
         pytest.skip(f"SMOPE_FIXTURES is not set and {root} (beside SMOPE_DATA) does not exist")
     return root
+
+
+@pytest.fixture(scope="module")
+def few_textures() -> Iterator[None]:
+    """For the streams of scenes of a whole file."""
+    import small_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        small_model.few_textures(patch)
+        yield
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

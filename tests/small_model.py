@@ -11,7 +11,8 @@ from torch import nn
 
 from smope import SMOPE, ObjectModel
 from smope.config import ModelConfig
-from smope.networks import paper_detector
+from smope.networks import backbone, paper_detector
+from smope.networks.backbone import EfficientNetLite2
 from smope.networks.resnet import FrozenBatchNorm2d, ResNet50
 from smope.networks.smope_s import SmopeS, SmopeSConfig
 
@@ -99,7 +100,33 @@ class ThinResNet(ResNet50):
         self.layer4 = self._stage(64, 32, 1, 1 if dilated else 2, 2 if dilated else 1)
 
 
+class ThinLite(EfficientNetLite2):
+    """A block a stage, none of which expands; strides, channels, taps and fixed parts as in the whole one."""
+
+    stages = tuple(
+        (kernel, stride, 1, outputs, 1) for kernel, stride, _, outputs, _ in EfficientNetLite2.stages
+    )  # type: ignore[assignment]
+
+
 def thin_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The authors' network with little in front of its transformer: a ResNet-50 alone takes seconds to build,
-    to store and to run."""
+    """Both networks with little in front of their transformers: a whole backbone takes seconds to build, to
+    store, to run and to train."""
     monkeypatch.setattr(paper_detector, "ResNet50", ThinResNet)
+    monkeypatch.setattr(backbone, "EfficientNetLite2", ThinLite)
+
+
+def quick_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not depend on them: thin backbones, and no picture of the curves."""
+    from smope.train.curves import Curves
+
+    thin_backbone(monkeypatch)
+    monkeypatch.setattr(Curves, "draw", lambda curves, title="": None)
+
+
+def few_textures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenes with a tenth of the procedural textures, which every stream makes anew."""
+    from smope.scenes import compose, stream
+
+    for module in (compose, stream):
+        monkeypatch.setattr(module, "SHEETS", 5)
+        monkeypatch.setattr(module, "BOARDS", 2)

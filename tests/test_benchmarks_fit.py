@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 import trimesh
-from small_model import TINY_S
+from small_model import TINY_S, thin_backbone
 
 from smope.scenes import SceneStream
 
@@ -35,7 +35,7 @@ targets = [1, 2]
 max_minutes = 5.0
 batch_size = 2
 workers = 0
-precision = "bf16"
+precision = "fp32"
 """
 
 
@@ -50,7 +50,10 @@ def benchmark_fit() -> ModuleType:
     return module
 
 
-def test_fit_is_timed_part_by_part(benchmark_fit: ModuleType, tmp_path: Path) -> None:
+def test_fit_is_timed_part_by_part(
+    benchmark_fit: ModuleType, few_textures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thin_backbone(monkeypatch)
     mesh = tmp_path / "brick.ply"
     trimesh.creation.box((0.12, 0.07, 0.05)).subdivide().export(mesh)
     recipe = tmp_path / "tiny.toml"
@@ -63,7 +66,7 @@ def test_fit_is_timed_part_by_part(benchmark_fit: ModuleType, tmp_path: Path) ->
 
     assert (SceneStream.finish, SceneStream.rasterise, torch.Tensor.backward) == plain
     assert row["steps"] == 2
-    assert row["images_s"] == pytest.approx(2 * 1e3 / row["step_ms"], rel=0.05)
+    assert row["images_s"] == pytest.approx(2 * 1e3 / row["step_ms"], abs=0.051)  # told to a tenth
     parts = {name: part["host_ms"] for name, part in row["parts"].items()}
     assert list(parts) == [*benchmark_fit.PARTS, "whole step"]
     within = sum(parts[n] for n in ("forward and loss", "backward", "optimiser", "moving average"))

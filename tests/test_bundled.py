@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -281,3 +283,25 @@ def test_through_a_lens_the_poses_stay_and_the_boxes_bend(
     camera = Camera(found.camera.K, (640, 480), [k1, k2, 0, 0])
     undone = model.predict(camera.undistort_image(photo).clamp(0, 1), K=found.camera.K)
     assert_close_poses(through, undone, 0.005)
+
+
+def test_memory_stays_small() -> None:
+    """Resident in a process of its own after import and one prediction."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from smope import SMOPE\n"
+        "assert len(SMOPE.from_pretrained('lmo', device='cpu').predict(sys.argv[1], fov=58))\n"
+        "print(Path('/proc/self/status').read_text())\n"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("resident memory is read from /proc")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ASSETS / "demo.png")],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=True,
+    )
+    lines = dict(line.split(":", 1) for line in done.stdout.splitlines() if line)
+    assert int(lines["VmRSS"].split()[0]) * 1024 < 1.2e9

@@ -22,6 +22,8 @@ from smope.scenes import SceneConfig
 from smope.scenes.assets import build_assets
 from smope.scenes.stream import SceneStream
 
+pytestmark = pytest.mark.usefixtures("few_textures")
+
 NAMES = {1: "ape", 5: "can"}  # LineMod's numbers; the meshes are not LineMod's
 SCENES = SceneConfig(
     width=160,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_model import K, noise, small_model
+from small_model import K, noise, small_model, thin_backbone
 
 from smope import SMOPE, Camera, Poses, cli
 from smope.architectures import find
@@ -25,6 +30,7 @@ from smope.images import load_image
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "onnx_only.py"
+OTHER = (128, 80)  # pixels; the small model is of 96x64
 DEMO = ROOT / "smope" / "assets" / "demo.png"
 
 
@@ -35,7 +41,10 @@ def camera() -> Camera:
 
 @pytest.fixture(scope="module")
 def model() -> SMOPE:
-    return small_model()
+    """The time of an export goes by the number of operators."""
+    with pytest.MonkeyPatch.context() as patch:
+        thin_backbone(patch)
+        return small_model()
 
 
 def expected(model: SMOPE, batch: dict[str, NDArray[Any]], top_k: int) -> dict[str, NDArray[Any]]:
@@ -75,17 +84,18 @@ def check(found: Any, expected: dict[str, NDArray[Any]], rows: slice = slice(Non
 @pytest.fixture(scope="module")
 def small_pt2(model: SMOPE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "small.pt2"
-    assert export_model(model, out, "pt2", top_k=5) == out.with_name("small.meshes.npz")
+    assert export_model(model, out, "pt2", OTHER, top_k=5) == out.with_name("small.meshes.npz")
     return out
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pt2_gives_what_the_network_gives(model: SMOPE, small_pt2: Path) -> None:
-    images = np.stack([noise(i).permute(1, 2, 0).numpy() for i in range(3)])  # three, where two were exported
+    images = np.stack([noise(i, *OTHER).permute(1, 2, 0).numpy() for i in range(3)])  # exported were two
     batch = {"images": images, "K": np.array([K] * 3, np.float32)}
     batch["K"][1, :2] *= 1.1
     arrays = dict(np.load(small_pt2.with_suffix(".meshes.npz")))
+    assert arrays["size"].tolist() == list(OTHER)
     meshes = [torch.from_numpy(arrays[name]) for name in arrays if name not in ("names", "size")]
     program = torch.export.load(small_pt2).module()
     with torch.no_grad():
@@ -196,6 +206,54 @@ def test_on_real_photos_it_finds_what_predict_finds(lmo_onnx: Path, lmo: SMOPE, 
         same_objects(run_example(lmo_onnx, photo, torch.tensor(lmo.config.K)), lmo.predict(photo))
 
 
+class Running:
+    """`smope serve` in a thread, which ends when asked to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        uvicorn = pytest.importorskip("uvicorn")
+        run = uvicorn.Server.run
+
+        def noted(server: Any, *given: Any, **options: Any) -> None:
+            self.server = server
+            run(server, *given, **options)
+
+        monkeypatch.setattr(uvicorn.Server, "run", noted)
+        self.server: Any = None
+
+    def start(self, arguments: list[str]) -> None:
+        self.thread = threading.Thread(target=cli.main, args=(arguments,))
+        self.thread.start()
+        deadline = time.monotonic() + 100
+        while self.server is None or not self.server.started:
+            assert self.thread.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def as_curl(arguments: list[str]) -> bytes:
+    """-H HEADER --data-binary @FILE ADDRESS"""
+    given = argparse.ArgumentParser()
+    given.add_argument("-H", dest="header")
+    given.add_argument("--data-binary")
+    given.add_argument("address")
+    options = given.parse_args(arguments)
+    name, _, value = options.header.partition(": ")
+    body = Path(options.data_binary.removeprefix("@")).read_bytes()
+    asked = urllib.request.Request(options.address, body, {name: value})
+    with urllib.request.urlopen(asked, timeout=100) as answer:
+        return bytes(answer.read())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_page_on_deploying_runs(
@@ -217,15 +275,21 @@ def test_the_page_on_deploying_runs(
 
     page = (ROOT / "docs" / "deploy.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     known: dict[str, Any] = {}
+    running, port = Running(monkeypatch), free_port()
     for kind, code in blocks:
         if kind == "python":
             exec(compile(code, "docs/deploy.md", "exec"), known)
             continue
         for line in code.splitlines():
-            program, *arguments = shlex.split(line)
-            if program == "smope":
+            program, *arguments = shlex.split(line.replace("8080", str(port)))
+            if arguments == ["serve"]:
+                running.start(["serve", "--port", str(port)])
+            elif program == "curl":
+                assert len(Poses.from_dict(json.loads(as_curl(arguments)))) >= 3
+                running.stop()
+            elif program == "smope":
                 assert cli.main(arguments) == 0, line
             else:
                 arguments[0] = str(ROOT / arguments[0])

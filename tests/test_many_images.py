@@ -149,7 +149,7 @@ def command(weights: Path, folder: Path, out: Path) -> list[str]:
 
 
 def test_a_killed_predict_goes_on(weights: Path, tmp_path: Path) -> None:
-    paths, out = photos(tmp_path / "photos", 150), tmp_path / "results.jsonl"
+    paths, out = photos(tmp_path / "photos", 40), tmp_path / "results.jsonl"
     arguments = command(weights, tmp_path / "photos", out)
     process = subprocess.Popen([sys.executable, "-m", "smope", *arguments], stdout=subprocess.DEVNULL)
     try:

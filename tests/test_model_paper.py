@@ -16,7 +16,7 @@ import torch
 import trimesh
 from PIL import Image
 from scipy.spatial.transform import Rotation
-from small_model import TINY_PAPER, ThinResNet, thin_backbone
+from small_model import TINY_PAPER, ThinResNet, quick_fits
 from test_paper_checkpoints import NAMES, Hostile, layout, made_up
 from test_paper_deformable_detr import published, reference
 
@@ -43,7 +43,7 @@ POINTS = 600  # of each mesh's surface
 def thin() -> Iterator[None]:
     """A small backbone in all tests here; test_paper_checkpoints and test_paper_parity have the whole one."""
     with pytest.MonkeyPatch.context() as patch:
-        thin_backbone(patch)
+        quick_fits(patch)
         yield
 
 

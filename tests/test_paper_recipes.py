@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from small_model import TINY_PAPER, thin_backbone
+from small_model import TINY_PAPER, quick_fits
 
 from smope import SMOPE
 from smope.config import ConfigError
@@ -112,7 +112,7 @@ def test_real_street_frames_of_several_sizes_train(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMOPE_DATA", str(data_root))
-    thin_backbone(monkeypatch)
+    quick_fits(monkeypatch)
     recipe = small(load_recipe(RECIPES / "smope_paper_kitti3d.toml"))
     assert all(expand(mesh).is_file() for mesh in recipe.data.meshes.values())
     boxes = {name: trimesh.creation.box((1.8, 4.4, 1.6)) for name in recipe.data.meshes}  # quicker to load

@@ -20,6 +20,8 @@ from smope.scenes.compose import visibility
 from smope.scenes.rasterise import MissingEGLError, create_context
 from smope.scenes.workers import WorkerError, WorkerPool
 
+pytestmark = pytest.mark.usefixtures("few_textures")
+
 SMALL = SceneConfig(
     width=160, height=120, fx=143.1, fy=143.4, cx=81.3, cy=60.5, shadow_size=64, max_targets=3, targets=(1, 3)
 )

@@ -16,6 +16,7 @@ import torch
 import trimesh
 from PIL import Image
 from small_model import TINY_S as NETWORK
+from small_model import quick_fits
 from torch import Tensor
 
 from smope import SMOPE
@@ -34,6 +35,8 @@ from smope.train.held_out import HeldOut
 from smope.train.loop import opened
 from smope.train.recipe import DataConfig, Recipe, RunConfig
 from smope.train.sources import padded, record_source
+
+pytestmark = pytest.mark.usefixtures("few_textures")
 
 RUN = RunConfig(
     max_steps=4,
@@ -89,17 +92,25 @@ def fitted(meshes: dict[str, trimesh.Trimesh], tmp_path_factory: pytest.TempPath
 ENDLESS = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_train_fit import NETWORK, RUN, SCENES, make_meshes
+import pytest
 from dataclasses import replace
+from small_model import few_textures, quick_fits
 from smope.train import fit
+from test_train_fit import NETWORK, RUN, SCENES, make_meshes
+patch = pytest.MonkeyPatch()
+quick_fits(patch)
+few_textures(patch)
 from smope.train.recipe import Recipe
 run = replace(RUN, max_steps=100000, save_seconds=0.5, tensorboard=False)
 fit(make_meshes(), "m", SCENES, out={out!r}, recipe=Recipe(network=NETWORK, run=run), device="cpu")
 """
 
 
-def test_a_killed_fit_goes_on(meshes: dict[str, trimesh.Trimesh], tmp_path: Path) -> None:
+def test_a_killed_fit_goes_on(
+    meshes: dict[str, trimesh.Trimesh], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL in the middle of rendering and learning; what is on the disk is whole, and `resume` goes on."""
+    quick_fits(monkeypatch)
     out = tmp_path / "killed"
     code = ENDLESS.format(tests=str(Path(__file__).parent), out=str(out))
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
@@ -291,8 +302,12 @@ def test_data_set_has_one_order_from_any_start_and_holds_some_out(
 
 
 def test_fit_learns_from_a_data_set(
-    meshes: dict[str, trimesh.Trimesh], records: list[Record], tmp_path: Path
+    meshes: dict[str, trimesh.Trimesh],
+    records: list[Record],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    quick_fits(monkeypatch)
     run = replace(RUN, max_steps=1, tensorboard=False)
     out = tmp_path / "out"
     folder = fit(meshes, "m", dataset=records, out=out, recipe=Recipe(network=NETWORK, run=run), device="cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from made_up_forms import meshes_of, pose, write_all, write_labelimg3d
 from PIL import Image
-from small_model import TINY, thin_backbone
+from small_model import TINY, quick_fits
 
 from smope import SMOPE
 from smope.config import ConfigError
@@ -48,7 +48,7 @@ def test_five_steps(
     roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, architecture: str
 ) -> None:
     """The data set by its folder and form, as a recipe names it."""
-    thin_backbone(monkeypatch)
+    quick_fits(monkeypatch)
     meshes, units = meshes_of(form)
     recipe = Recipe(
         architecture=architecture,  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def test_five_steps(
 def test_the_records_of_a_reader_do_as_well(
     roots: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    thin_backbone(monkeypatch)
+    quick_fits(monkeypatch)
     meshes, units = meshes_of("bop")
     records = read_records(roots["bop"], "bop")
     recipe = Recipe(architecture="smope-paper", network=TINY["smope-paper"], run=replace(RUN, max_steps=1))
@@ -124,7 +124,7 @@ def test_a_training_whose_images_cannot_be_scored_ends_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Streets are full of cars: which detection is meant for which is not asked during training."""
-    thin_backbone(monkeypatch)
+    quick_fits(monkeypatch)
     cars = [Annotation("Car", pose(-2.0, 12.0, 0.3)), Annotation("Car", pose(3.0, 9.0, -1.2))]
     root = write_labelimg3d(tmp_path / "streets", dict.fromkeys((3, 8), cars))
     meshes, units = meshes_of("labelimg3d")

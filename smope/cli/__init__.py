@@ -24,10 +24,11 @@ from smope.cli.fit import Fit
 from smope.cli.installation import Build, Info
 from smope.cli.predict import Demo, Predict
 from smope.cli.scenes import Scenes
+from smope.cli.serve import Serve
 
 __all__ = [
-    "Build", "Convert", "Demo", "Evaluate", "Export", "Fit", "Info", "Predict", "Scenes", "UsageError",
-    "clutter_files", "load_objects", "main", "mesh_files", "pose_table", "user_message",
+    "Build", "Convert", "Demo", "Evaluate", "Export", "Fit", "Info", "Predict", "Scenes", "Serve",
+    "UsageError", "clutter_files", "load_objects", "main", "mesh_files", "pose_table", "user_message",
 ]  # fmt: skip
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -42,6 +43,7 @@ Command = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Build, subcommand("build")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Info, subcommand("info")]
 )
 

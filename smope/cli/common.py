@@ -86,6 +86,23 @@ def load_model(name: str, device: str | None) -> SMOPE:
     return SMOPE.from_pretrained(name, device=device)
 
 
+def open_model(
+    name: str,
+    device: str | None,
+    objects: Sequence[str] | None,
+    meshes: Sequence[Path] | None,
+    units: Units | None,
+    symmetries: Literal["auto"] | None,
+) -> SMOPE:
+    """With the meshes that are to be looked for."""
+    model = load_model(name, device)
+    if meshes is not None:
+        model.register_meshes(mesh_files(meshes), units=units, symmetries=symmetries, add=objects is not None)
+    elif objects is not None:
+        model.register_meshes(list(objects))
+    return model
+
+
 def device_or_best(name: str | None) -> str:
     import torch
 

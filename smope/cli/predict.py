@@ -99,17 +99,7 @@ class Predict:
 
     def open_model(self, device: str | None) -> SMOPE:
         """With the meshes that are to be looked for."""
-        model = common.load_model(self.model, device)
-        if self.meshes is not None:
-            model.register_meshes(
-                common.mesh_files(self.meshes),
-                units=self.units,
-                symmetries=self.symmetries,
-                add=self.objects is not None,
-            )
-        elif self.objects is not None:
-            model.register_meshes(list(self.objects))
-        return model
+        return common.open_model(self.model, device, self.objects, self.meshes, self.units, self.symmetries)
 
     def options(self) -> dict[str, Any]:
         """Those of `SMOPE.predict`."""

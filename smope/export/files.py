@@ -69,6 +69,9 @@ def export_model(
 def _write_onnx(
     program: torch.export.ExportedProgram, given: tuple[Tensor, ...], meshes: list[str], out: Path
 ) -> None:
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
     written = torch.onnx.export(
         program,
         given,
@@ -77,8 +80,14 @@ def _write_onnx(
         opset_version=OPSET,
         dynamo=True,
         verbose=False,
+        optimize=False,
     )
     assert written is not None
+    # What pays of that optimisation, in a second or two; its search for patterns takes minutes and leaves a
+    # file that runs about as fast.
+    optimizer.fold_constants(written.model)
+    common.RemoveUnusedNodesPass()(written.model)
+    common.CommonSubexpressionEliminationPass()(written.model)
     write_atomically(out, lambda temporary: written.save(temporary, external_data=False))
 
 
