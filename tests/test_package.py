@@ -159,8 +159,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def test_what_is_imported_is_required() -> None:
-    core, train = requirements(), requirements("train")
-    late = requirements("train", "export", "serve")
+    triton = {"triton"}  # comes with PyTorch for CUDA; what imports it is imported where it is there
+    core, train = requirements(), requirements("train") | triton
+    late = requirements("train", "export", "serve") | triton
     # Only what one asks for by name may need an extra as soon as it is imported.
     at_import = {"train": train, "scenes": train, "export": core, "serve": requirements("serve")}
     for path in MODULES:
