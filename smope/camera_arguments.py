@@ -41,11 +41,16 @@ def cameras_from(
 
 
 def _made(make: Callable[..., Camera], arguments: Iterable[tuple[Any, ...]], count: int) -> list[Camera]:
-    """A camera of each; an error says of which image."""
-    cameras = []
-    for number, given in enumerate(arguments, start=1):
+    """A camera of each; an error says of which image. What is given for many images is looked at once."""
+    cameras: list[Camera] = []
+    made: dict[tuple[Any, ...], Camera] = {}
+    kept = list(arguments)  # so that one identity is one thing
+    for number, given in enumerate(kept, start=1):
+        key = tuple(id(one) if isinstance(one, Tensor) else one for one in given)
         try:
-            cameras.append(make(*given))
+            if key not in made:
+                made[key] = make(*given)
+            cameras.append(made[key])
         except CameraError as error:
             raise error if count == 1 else CameraError(f"image {number} of {count}: {error}") from error
     return cameras

@@ -17,8 +17,8 @@ class ImageError(ValueError):
     """An image that cannot be used; the message says what was given and what is expected."""
 
 
-def load_image(source: Any) -> Tensor:
-    """uint8 [3, H, W] RGB, contiguous, on the CPU.
+def load_image(source: Any, device: torch.device | None = None) -> Tensor:
+    """uint8 [3, H, W] RGB, contiguous, on the CPU; a uint8 tensor that is on `device` already stays there.
 
     `source` is a path or a PIL image (any mode; EXIF orientation applied, 16-bit grey scaled to 8,
     transparency laid over white), an array [H, W, 3], [H, W, 4] or [H, W] of uint8 or uint16, or a
@@ -38,7 +38,7 @@ def load_image(source: Any) -> Tensor:
     if isinstance(source, Image.Image):
         return _from_pil(source)
     if isinstance(source, Tensor):
-        return _from_tensor(source)
+        return _from_tensor(source, device)
     if isinstance(source, np.ndarray):
         return _from_array(source)
     raise ImageError(
@@ -47,12 +47,12 @@ def load_image(source: Any) -> Tensor:
     )
 
 
-def load_images(sources: Sequence[Any]) -> list[Tensor]:
+def load_images(sources: Sequence[Any], device: torch.device | None = None) -> list[Tensor]:
     """`load_image` of each; an error says which of them it is."""
     loaded = []
     for number, source in enumerate(sources, start=1):
         try:
-            loaded.append(load_image(source))
+            loaded.append(load_image(source, device))
         except ImageError as error:
             raise ImageError(f"image {number} of {len(sources)}: {error}") from error
     return loaded
@@ -109,7 +109,7 @@ def _to_eight_bits(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     return np.rint(values.astype(np.float32) / 257).astype(np.uint8)
 
 
-def _from_tensor(tensor: Tensor) -> Tensor:
+def _from_tensor(tensor: Tensor, device: torch.device | None) -> Tensor:
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
         hint = "; pass a batch as a list of images" if tensor.ndim == 4 else ""
         hint = "; call .permute(2, 0, 1)" if tensor.ndim == 3 and tensor.shape[2] in (1, 3) else hint
@@ -118,7 +118,8 @@ def _from_tensor(tensor: Tensor) -> Tensor:
         raise ImageError(
             f"an empty tensor {tuple(tensor.shape)} given, [3, H, W] with at least 1 x 1 pixels expected"
         )
-    pixels = tensor.detach().cpu()
+    stays = tensor.dtype == torch.uint8 and tensor.device == device
+    pixels = tensor.detach() if stays else tensor.detach().cpu()
     if pixels.is_floating_point():
         pixels = pixels.float()
         if not torch.isfinite(pixels).all():

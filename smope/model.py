@@ -1,8 +1,9 @@
 """SMOPE: photo + camera + meshes in, poses out. The whole way on one page.
 
-images -> `_prepare`: RGB tensors of a size near the trained one, each with its changed camera
-       -> `find`: queries, which mesh each one is, and where that mesh stands (smope/networks/smope_s.py)
-       -> `_collect`: boxes back to the photo's pixels, poses back to each mesh's own frame -> `Poses`
+images -> `image_input`: RGB tensors of a size near the trained one, each with its changed camera
+       -> `Engine`: runs the network, on a GPU as a CUDA graph (smope/inference); what it runs is `find`:
+          queries, which mesh each one is, and where that mesh stands (smope/networks/smope_s.py)
+       -> `read_table`: boxes back to the photo's pixels, poses back to each mesh's own frame -> `Poses`
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import smope
@@ -25,29 +25,25 @@ from smope.architectures import (
     Tokens,
     build_network,
     encode,
-    find,
     join,
     size_slack,
     tokens_from_tensors,
     tokens_to_tensors,
 )
 from smope.authors_models import read_authors_model
-from smope.camera import Camera
 from smope.camera_arguments import cameras_from
 from smope.config import ModelConfig
 from smope.files import write_atomically
-from smope.geometry.boxes import paired_iou
 from smope.images import load_image, load_images
-from smope.networks.pose_head import unit_to_pixels
+from smope.inference.engine import Engine
+from smope.network_inputs import image_input
 from smope.networks.smope_paper import SmopePaper
-from smope.networks.smope_s import Found
 from smope.objects import ObjectModel
 from smope.poses import Poses
+from smope.results import read_table
 from smope.stream import Streamed, stream
 
 log = logging.getLogger(__name__)
-
-OVERLAP_OF_ONE = 0.7  # two boxes of one mesh that overlap by this IoU are the same object
 
 
 class SMOPE:
@@ -63,6 +59,7 @@ class SMOPE:
     ) -> None:
         """`trained` is what the weights have seen; `tokens` are its encodings, made anew where not given."""
         self.network = network.eval()
+        self._engine = Engine(self.network)
         self.config = config
         self.card = card
         self.trained = dict(trained)
@@ -88,7 +85,7 @@ class SMOPE:
         meshes: Mapping[str, Any] | None = None,
         units: str | None = None,
     ) -> SMOPE:
-        """A bundled name such as "lmo", a folder, or a Hugging Face id; computes in float32.
+        """A bundled name such as "lmo", a folder, or a Hugging Face id; on a GPU computes as `fast` says.
 
         A `.pth` file of the authors' trainer is read too. It holds no meshes: `meshes` and `units` give
         those it was trained on, as for `register_meshes`. Elsewhere they are registered at once.
@@ -137,9 +134,21 @@ class SMOPE:
 
     def to(self, device: torch.device | str) -> SMOPE:
         self.network.to(device)
+        self._engine.forget()
         if self._tokens is not None:
             self._tokens = self._tokens.to(device)
         return self
+
+    @property
+    def fast(self) -> bool:
+        """Whether `predict` records the network once for each shape of images (a second or two, which the
+        log tells), and from then on replays it as a CUDA graph in bfloat16. By default so on a GPU; False
+        computes in float32, operator by operator. On a CPU True records too, and stays in float32."""
+        return self.device.type == "cuda" if self._engine.fast is None else self._engine.fast
+
+    @fast.setter
+    def fast(self, value: bool | None) -> None:
+        self._engine.fast = value
 
     @property
     def device(self) -> torch.device:
@@ -250,6 +259,7 @@ class SMOPE:
     def _replace_objects(self, objects: Mapping[str, ObjectModel], tokens: Mapping[str, Tokens]) -> None:
         self.objects, self._token_of = dict(objects), dict(tokens)
         self._tokens = join(list(tokens.values()), self.device) if tokens else None
+        self._engine.forget()
 
     # -- images ---------------------------------------------------------------------------------------------
 
@@ -279,84 +289,29 @@ class SMOPE:
                 f"threshold {threshold} and top_k {top_k} given; 0..1 and a whole number expected"
             )
         many = isinstance(image, (list, tuple))
-        pictures = load_images(image) if many else [load_image(image)]
+        pictures = load_images(image, self.device) if many else [load_image(image, self.device)]
         cameras = cameras_from(pictures, K, fov, dist, self.config)
         results: list[Poses | None] = [None] * len(pictures)
-        prepared = [self._prepare(p, c) for p, c in zip(pictures, cameras, strict=True)]
-        by_shape: dict[tuple[int, ...], list[int]] = {}
+        trained, slack, device = self.config.image_size, size_slack(self.network.config), self.device
+        prepared = [image_input(p, c, trained, slack, device) for p, c in zip(pictures, cameras, strict=True)]
+        by_shape: dict[tuple[Any, ...], list[int]] = {}
         for i, (tensor, _) in enumerate(prepared):
-            by_shape.setdefault(tuple(tensor.shape), []).append(i)
+            by_shape.setdefault((*tensor.shape, tensor.dtype), []).append(i)
         for indices in by_shape.values():
             images = torch.stack([prepared[i][0] for i in indices])
-            intrinsics = torch.stack([prepared[i][1].K for i in indices]).to(self.device)
-            found, frame = find(self.network, images, intrinsics, self._tokens, top_k)
-            for row, i in enumerate(indices):
-                results[i] = self._collect(found, row, frame, prepared[i][1], cameras[i], threshold)
+            intrinsics = torch.stack([prepared[i][1].K for i in indices])
+            table = self._engine(images, intrinsics, self._tokens, top_k)
+            scaled, own = [prepared[i][1] for i in indices], [cameras[i] for i in indices]
+            for i, found in zip(
+                indices, read_table(table, scaled, own, self.objects, threshold), strict=True
+            ):
+                results[i] = found
         poses = [p for p in results if p is not None]
         return poses if many else poses[0]
 
     def stream(self, images: Iterable[Any], **options: Any) -> Generator[Streamed, None, None]:
         """`predict` for any number of images, decoded ahead, in bounded memory: see `smope.stream.stream`."""
         return stream(self, images, **options)
-
-    def _prepare(self, picture: Tensor, camera: Camera) -> tuple[Tensor, Camera]:
-        """uint8 [3, H, W] -> float [3, h, w] in 0..1 of the pinhole camera, and that camera"""
-        image = picture.to(self.device).float() / 255.0
-        if camera.dist is not None:
-            image = camera.to(self.device).undistort_image(image)
-        width, height = camera.size
-        trained = self.config.image_size[0] * self.config.image_size[1]
-        ratio = (trained / (width * height)) ** 0.5
-        pinhole = camera.pinhole
-        slack = size_slack(self.network.config)
-        if 1 / slack <= ratio <= slack:
-            return image, pinhole
-        size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
-        image = F.interpolate(
-            image[None], size=(size[1], size[0]), mode="bilinear", align_corners=False, antialias=True
-        )[0]
-        return image.clamp(0, 1), pinhole.resize(size)
-
-    def _collect(
-        self,
-        found: Found,
-        row: int,
-        frame: tuple[int, int],
-        scaled: Camera,
-        camera: Camera,
-        threshold: float,
-    ) -> Poses:
-        """Row `row` of the network's output -> `Poses` in the photo's pixels and the meshes' own frames."""
-        names = tuple(self.objects)
-        boxes = found.boxes[row]
-        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1)
-        corners = unit_to_pixels(corners.unflatten(-1, (2, 2)), frame).flatten(-2)
-        keep = _distinct(corners, found.labels[row], found.scores[row] >= threshold).cpu()
-
-        labels = found.labels[row].cpu()[keep]
-        objects = [self.objects[names[i]] for i in labels.tolist()]
-        pose = found.pairs.poses[-1]
-        rotation, centre = pose.rotation[row].cpu()[keep], pose.translation[row].cpu()[keep]
-        middle = torch.stack([o.centre for o in objects]) if objects else torch.zeros(0, 3)
-        T_CO = torch.eye(4).repeat(len(objects), 1, 1)
-        T_CO[:, :3, :3] = rotation
-        T_CO[:, :3, 3] = centre - (rotation @ middle[..., None])[..., 0]
-
-        expected = found.pairs.log_sigma[row].cpu()[keep].clamp(-6, 3).exp()
-        diameters = torch.tensor([o.diameter for o in objects])
-        sigma = torch.stack([torch.rad2deg(expected[:, 0]), expected[:, 1] * diameters], -1)
-        return Poses(
-            names=tuple(o.name for o in objects),
-            labels=labels,
-            scores=found.scores[row].cpu()[keep],
-            boxes_xyxy=_to_photo(corners.cpu()[keep], scaled, camera),
-            T_CO=T_CO,
-            scale=torch.ones(len(objects), 3),
-            visibility=found.pairs.visibility_logit[row].sigmoid().cpu()[keep],
-            sigma=sigma,
-            camera=camera,
-            objects=self.objects,
-        )
 
 
 def _split_objects(
@@ -380,30 +335,3 @@ def _split_objects(
                 f"the weights lack {prefix}{error.args[0]}, though config.json names {name!r}"
             ) from None
     return network, objects, tokens
-
-
-def _distinct(boxes: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
-    """[N] bool: those of `wanted` that no better one (they come best first) of the same mesh covers."""
-    same = (paired_iou(boxes[:, None], boxes[None])[0] > OVERLAP_OF_ONE) & (labels[:, None] == labels[None])
-    keep = wanted.tolist()
-    table = same.cpu()
-    for i in range(len(keep)):
-        if keep[i]:
-            for j in table[i].nonzero().flatten().tolist():
-                if j > i:
-                    keep[j] = False
-    return torch.tensor(keep, dtype=torch.bool, device=wanted.device)
-
-
-def _to_photo(boxes: Tensor, scaled: Camera, camera: Camera) -> Tensor:
-    """[N, 4] pixels of the network's pinhole image -> pixels of the photo, through its lens if it has one"""
-    corners = boxes.unflatten(-1, (2, 2))
-    ratio = torch.tensor([camera.size[0] / scaled.size[0], camera.size[1] / scaled.size[1]])
-    corners = (corners + 0.5) * ratio - 0.5
-    if camera.dist is None or not len(boxes):
-        return corners.flatten(-2)
-    # A straight box becomes a bent one; its hull is taken at eight points.
-    low, high = corners[:, 0], corners[:, 1]
-    steps = torch.tensor([(x, y) for x in (0.0, 0.5, 1.0) for y in (0.0, 0.5, 1.0) if (x, y) != (0.5, 0.5)])
-    bent = camera.distort_points(low[:, None] + steps * (high - low)[:, None])
-    return torch.cat([bent.amin(1), bent.amax(1)], -1)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smope.camera import Camera
 from smope.networks.mesh_encoder import MeshInputs
 from smope.objects import ObjectModel
 
@@ -33,3 +34,27 @@ def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:
     is."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % multiple, 0, -height % multiple))
+
+
+def image_input(
+    picture: Tensor, camera: Camera, trained: tuple[int, int], slack: float, device: torch.device
+) -> tuple[Tensor, Camera]:
+    """uint8 [3, H, W] -> what its pinhole camera saw, near the trained size (width, height), and that camera.
+
+    A picture that has both already stays uint8; others come out as float32 in 0..1. Resized is where the
+    areas' ratio is beyond `slack` squared.
+    """
+    image = picture.to(device, non_blocking=True)
+    if camera.dist is not None:
+        image = camera.to(device).undistort_image(image.float() / 255.0)
+    width, height = camera.size
+    ratio = (trained[0] * trained[1] / (width * height)) ** 0.5
+    pinhole = camera.pinhole
+    if 1 / slack <= ratio <= slack:
+        return image, pinhole
+    size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+    image = image if image.is_floating_point() else image.float() / 255.0
+    image = F.interpolate(
+        image[None], size=(size[1], size[0]), mode="bilinear", align_corners=False, antialias=True
+    )[0]
+    return image.clamp(0, 1), pinhole.resize(size)

@@ -52,7 +52,8 @@ class MeshAttention(nn.Module):
         """queries [B, P, C], labels [B, P] index of each one's mesh"""
         # Keys and values are made once a mesh and handed to the pairs. A product with one-hot rows hands them
         # out exactly, and its backward is a product too, where that of indexing adds row by row.
-        chosen = F.one_hot(labels, len(meshes)).to(queries.dtype)  # [B, P, M]
+        each = torch.arange(len(meshes), device=labels.device)
+        chosen = (labels[..., None] == each).to(queries.dtype)  # [B, P, M]; F.one_hot reads labels on the CPU
         x = self.norm(queries + chosen @ self.embedding(meshes.embedding))
         key_value = self.key_value(meshes.local)  # [M, T, 2 C]
         key_value = (chosen.to(key_value.dtype) @ key_value.flatten(1)).unflatten(-1, key_value.shape[1:])
