@@ -1,210 +1,426 @@
-"""`SMOPE.predict`: one image and several, cold and warm, with and without the kernel; a Markdown table.
+"""`SMOPE.predict` on a GPU, eager and fast, beside transformers' Deformable DETR; JSON, Markdown and a plot.
 
-    python benchmarks/predict.py                                 the CPU, or the GPU if there is one
-    python benchmarks/predict.py --device cpu --threads 2 --out FILE
+    python benchmarks/predict.py --out DIR                    all tables; DIR/predict.json and DIR/predict.md
+    python benchmarks/predict.py --out DIR --scores DATASET   also AR of the fast path against eager float32
+    python benchmarks/predict.py --plot DIR/predict.json      DIR/predict.png, anywhere; needs matplotlib
 
-Each way of deformable attention runs in a process of its own, so that its first call is a cold one: loading
-of the weights is counted apart, and what the kernel's first compile costs is in the first call with a fresh
-cache. Warm times are medians, and the least beside them, of whole calls of `predict` from a picture in memory
-to `Poses`; those of parts are of the network alone. The picture is the bundled demo's, resized as asked for.
+Times are medians of whole calls, from uint8 images on the GPU to `Poses` on the CPU, by the host's clock,
+which waits for the GPU before and after; default arguments, the bundled weights' own camera. The peer is the
+detector alone, on images that are ready as float tensors, to its raw output on the GPU: no poses.
+"The authors' network" is `smope-paper` with its defaults and random weights: time does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
-import os
-import platform
-import resource
+import logging
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-WAYS = {"cpu": ("torch", "cpu"), "cuda": ("torch", "cuda")}  # SMOPE_MSDA
-NAMES = {"torch": "PyTorch's operators", "cpu": "C++ kernel", "cuda": "CUDA kernel"}
-PARTS = ("backbone", "encoder", "decoder", "poses")
+import numpy as np
+import torch
+from PIL import Image
+
+from smope import SMOPE
+from smope.architectures import build_network
+from smope.config import ModelConfig
+from smope.networks.paper_find import PaperTokens
+from smope.networks.smope_paper import SmopePaperConfig
+
+TARGETS = {  # of issue 7, on an H200: ms for one image at most, images/s at batch 32 at least
+    "smope-s": (2.5, 1500.0),
+    "smope-paper": (4.0, 900.0),
+}
+WAYS = {"eager": "eager, float32", "fast": "fast"}
 
 
 def main() -> None:
     options = parse()
-    if options.way:
-        print(json.dumps(measure(options)))
+    if options.plot:
+        plot(json.loads(options.plot.read_text()), options.plot.with_suffix(".png"))
         return
-    device = options.device or ("cuda" if _has_gpu() else "cpu")
-    rows = [run_apart(way, device, options) for way in options.ways or WAYS[device.split(":")[0]]]
-    text = table(rows, device, options)
-    print(text)
-    if options.out:
-        options.out.write_text(text)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    options.out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "repeats": options.repeats,
+        "size": options.size,
+        "main": [],
+        "sweep": [],
+    }
+    # What is asked for first comes first, and each step is written at once: a run that is cut off has it.
+    steps: list[tuple[str, Callable[[], None]]] = [
+        ("smope-s", lambda: record["main"].extend(main_rows(default_model(options), "smope-s", options))),
+        (
+            "smope-paper",
+            lambda: record["main"].extend(main_rows(paper_model(options), "smope-paper", options)),
+        ),
+        ("kernels", lambda: record.update(kernels=kernels(options))),
+        ("scores", lambda: record.update(scores=scores(options))),
+        ("peer", lambda: record["main"].extend(peer_rows(options))),
+        ("sweep", lambda: record["sweep"].extend(sweep(options))),
+    ]
+    for name, step in steps:
+        if name in options.skip or (name == "scores" and not options.scores):
+            continue
+        started = time.perf_counter()
+        try:
+            step()
+        except (ImportError, RuntimeError, ValueError) as error:
+            logging.exception("%s failed", name)
+            record.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:400]
+        record.setdefault("seconds", {})[name] = time.perf_counter() - started
+        free()
+        (options.out / "predict.json").write_text(json.dumps(record, indent=1) + "\n")
+        (options.out / "predict.md").write_text(page(record))
+    print(page(record))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--out", type=Path, default=Path("predict_out"), help="folder of the results")
     parser.add_argument("--model", default="lmo", help="a bundled name, a folder or a Hugging Face id")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--size", default="640x480", help="of the images, WxH")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--scores", type=Path, metavar="DATASET", help="a BOP data set")
+    parser.add_argument("--limit", type=int, help="photos of it at most")
     parser.add_argument(
-        "--ways", nargs="+", choices=("torch", "cpu", "cuda", "auto"), help="values of SMOPE_MSDA"
+        "--skip",
+        nargs="+",
+        default=[],
+        choices=("smope-s", "smope-paper", "kernels", "scores", "peer", "sweep"),
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="images a call")
-    parser.add_argument("--size", default="640x480", help="of the image, WxH")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="of the CPU; default: as torch has it")
-    parser.add_argument("--out", type=Path, help="write the table here too")
-    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw what a run has written")
     return parser.parse_args()
 
 
-def run_apart(way: str, device: str, options: argparse.Namespace) -> dict[str, Any]:
-    """This script in a new process, told which way to go."""
-    threads = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
-    command = [sys.executable, __file__, "--way", way, "--device", device, "--model", options.model]
-    command += ["--size", options.size, "--repeats", str(options.repeats)]
-    command += ["--batches", *map(str, options.batches)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **threads, "SMOPE_MSDA": way},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    begin = time.perf_counter()
-    import torch
-    from PIL import Image
-
-    from smope import SMOPE
-
-    imported = time.perf_counter()
+def default_model(options: argparse.Namespace) -> SMOPE:
     model = SMOPE.from_pretrained(options.model, device=options.device)
-    loaded = time.perf_counter()
-    width, height = map(int, options.size.split("x"))
-    with resources.as_file(resources.files("smope") / "assets" / "demo.png") as path:
-        picture = Image.open(path).convert("RGB").resize((width, height))
+    model.config = at_size(model.config, _size(options.size))
+    return model
 
-    def wait() -> None:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
 
-    def seconds(function: Callable[[], Any]) -> float:
-        wait()
-        start = time.perf_counter()
-        function()
-        wait()
-        return time.perf_counter() - start
+def at_size(config: ModelConfig, size: tuple[int, int]) -> ModelConfig:
+    """As weights of that size would have it: images of another size are brought to the trained one."""
+    scale = size[0] / config.image_size[0]
+    K = tuple(tuple(v * scale for v in row) if i < 2 else row for i, row in enumerate(config.K))
+    return replace(config, image_size=size, K=K)
 
-    def warm(function: Callable[[], Any]) -> list[float]:
-        function()
-        times = [seconds(function) for _ in range(options.repeats)]
-        return [statistics.median(times), min(times)]
 
-    record: dict[str, Any] = {
-        "way": options.way,
-        "import": imported - begin,
-        "load": loaded - imported,
-        "first": seconds(lambda: model.predict(picture, fov=60)),
-        "found": len(model.predict(picture, fov=60)),
-        "meshes": len(model.objects),
-        "predict": {n: warm(partial(model.predict, [picture] * n, fov=60)) for n in options.batches},
-        "parts": parts(model, height // 32 * 32, width // 32 * 32, warm),
-        "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "name": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _processor(),
-        "load_average": os.getloadavg()[0],
+def paper_model(options: argparse.Namespace) -> SMOPE:
+    """The authors' network with random weights and tokens, and the meshes and camera of the bundled model."""
+    bundled = default_model(options)
+    torch.manual_seed(0)
+    config = SmopePaperConfig(classes=len(bundled.objects))
+    network = build_network(config).eval().to(options.device)
+    tokens = {
+        name: PaperTokens(torch.randn(1, config.width), model.centre[None])
+        for name, model in bundled.objects.items()
     }
-    if model.device.type == "cuda":
-        record["peak_device_MiB"] = torch.cuda.max_memory_allocated(model.device) / 2**20
-    return record
+    described = replace(bundled.config, architecture="smope-paper", network=config)
+    return SMOPE(network, described, bundled.objects, tokens)
 
 
-def parts(
-    model: Any, height: int, width: int, warm: Callable[[Callable[[], Any]], list[float]]
+def pictures(count: int, size: tuple[int, int], device: str) -> list[torch.Tensor]:
+    """uint8 [3, H, W] each: the bundled demo's picture, a few pixels further each time"""
+    with resources.as_file(resources.files("smope") / "assets" / "demo.png") as path:
+        array = np.array(Image.open(path).convert("RGB").resize(size))
+    image = torch.from_numpy(array).permute(2, 0, 1).to(device)
+    return [image.roll(3 * i, -1).contiguous() for i in range(count)]
+
+
+def main_rows(model: SMOPE, name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    size = _size(options.size)
+    for way in WAYS:
+        model.fast = way == "fast"
+        for batch in options.batches:
+            images = pictures(batch, size, options.device)
+            given: Any = images if batch > 1 else images[0]
+            yield {
+                "network": name,
+                "way": way,
+                "batch": batch,
+                "meshes": len(model.objects),
+                **measure(lambda given=given: model.predict(given), options),
+                "found": [len(p) for p in model.predict(images)][:4],
+            }
+
+
+def measure(
+    function: Callable[[], Any], options: argparse.Namespace, repeats: int | None = None
 ) -> dict[str, Any]:
-    """Times of the network's parts for one image of noise; each part starts where those before it end."""
-    import torch
-
-    network, meshes = model.network, model._tokens
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, height, width, generator=generator).to(model.device)
-    K = torch.tensor([[[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]]], device=model.device)
-    with torch.inference_mode():
-        features = network.encode_image(image)
-        times = {
-            "backbone": warm(lambda: network.backbone(image)),
-            "encoder": warm(lambda: network.encode_image(image)),
-            "decoder": warm(lambda: network.detect(features, meshes)),
-            "poses": warm(lambda: network(image, K, meshes)),
-        }
-    # What was timed together with parts before it is told without them.
-    for way in (0, 1):
-        times["poses"][way] -= times["encoder"][way] + times["decoder"][way]
-        times["encoder"][way] -= times["backbone"][way]
-    return times
+    """Seconds of the first call and of later ones, and the most memory that the later ones held, MiB."""
+    first = seconds(function, options.device)
+    function()
+    with peak(options.device) as held:
+        times = [seconds(function, options.device) for _ in range(repeats or options.repeats)]
+    return {"first": first, "median": statistics.median(times), "least": min(times), "MiB": held["MiB"]}
 
 
-def table(rows: list[dict[str, Any]], device: str, options: argparse.Namespace) -> str:
-    first = rows[0]
-    lines = [
-        f"# predict on {first['name']}",
-        "",
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, torch {first['torch']}, device {device}, "
-        f"{first['threads']} threads, image {options.size}, {first['meshes']} meshes, weights "
-        f"`{options.model}`, {options.repeats} repeats, float32. Load average at the end of each run: "
-        + ", ".join(f"{row['load_average']:.1f}" for row in rows)
-        + ". `python benchmarks/predict.py` makes this page.",
-        "",
-        "| deformable attention | images a call | first call, s | warm, ms a call: median (least) | "
-        "images/s | peak memory, MiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        memory = f"{row['peak_MiB']:.0f}" + (
-            f" + {row['peak_device_MiB']:.0f} on the GPU" if "peak_device_MiB" in row else ""
+def seconds(function: Callable[[], Any], device: str) -> float:
+    wait(device)
+    start = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def peak(device: str) -> Iterator[dict[str, float]]:
+    """Of the device's memory, weights and the graphs' own pools included"""
+    held = {"MiB": float("nan")}
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    yield held
+    if device.startswith("cuda"):
+        # A CUDA graph's memory is reserved, not allocated, between its replays.
+        held["MiB"] = max(torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()) / 2**20
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def kernels(options: argparse.Namespace) -> dict[str, Any]:
+    """The fast pass alone: the GPU's time of a replay, how many kernels it has, and the longest of them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    found: dict[str, Any] = {}
+    for name, make in (("smope-s", default_model), ("smope-paper", paper_model)):
+        model = make(options)
+        for batch in options.batches:
+            images = pictures(batch, _size(options.size), options.device)
+            model.predict(images)
+            program = list(model._engine._programs.values())[-1]
+            entry: dict[str, Any] = {"recorded": len(program.module.graph.nodes)}
+            if program.graph is not None:
+                entry["replay_ms"] = _replay_ms(program.graph)
+                with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                    program.graph.replay()
+                    torch.cuda.synchronize()
+                rows = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+                rows.sort(key=lambda e: -e.self_device_time_total)
+                entry["kernels"] = sum(e.count for e in rows)
+                entry["busy_ms"] = sum(e.self_device_time_total for e in rows) / 1e3
+                entry["longest"] = [
+                    [e.key[:110], e.count, round(e.self_device_time_total / 1e3, 4)] for e in rows[:40]
+                ]
+            found[f"{name}, batch {batch}"] = entry
+        del model, program
+        free()
+    return found
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph, repeats: int = 20) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graph.replay()
+    begin.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def peer_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """transformers' Deformable DETR: ResNet-50, 6+6 layers, 300 queries, random weights."""
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    backbone = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+    config = DeformableDetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone
+    )
+    detector = DeformableDetrForObjectDetection(config).eval().to(options.device)
+    width, height = _size(options.size)
+    for kind in ("float32", "TF32", "bfloat16"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = kind == "TF32"
+        for batch in options.batches:
+            images = torch.rand(batch, 3, height, width, device=options.device)
+
+            def run(images: torch.Tensor = images, narrow: bool = kind == "bfloat16") -> None:
+                with (
+                    torch.inference_mode(),
+                    torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=narrow),
+                ):
+                    detector(pixel_values=images)
+
+            row = measure(run, options, 10)
+            yield {"network": "transformers' DeformableDetr (no poses)", "way": kind, "batch": batch, **row}
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+
+
+def sweep(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time and memory of the default network's fast path against one quantity at a time."""
+    model = default_model(options)
+    plain, size = model.config, _size(options.size)
+
+    def row(what: str, value: Any, model: SMOPE, batch: int, size: tuple[int, int]) -> dict[str, Any]:
+        model._engine.forget()
+        free()
+        model.fast = True
+        images = pictures(batch, size, options.device)
+        measured = measure(lambda: model.predict(images), options, 10)
+        return {"what": what, "value": value, "batch": batch, **measured}
+
+    for batch in (1, 2, 4, 8, 16, 32):
+        yield row("batch", batch, model, batch, size)
+    for width, height in ((320, 256), (640, 480), (960, 736), (1280, 960)):
+        model.config = at_size(plain, (width, height))
+        for batch in (1, 8):
+            yield row("image", f"{width}x{height}", model, batch, (width, height))
+    model.config = plain
+    known, tokens = dict(model.objects), dict(model._token_of)
+    names = list(known)
+    for count in (1, 8, 64, 512):
+        # Copies under other names: what a mesh costs does not depend on its shape.
+        labels = {f"{names[i % len(names)]} {i}": names[i % len(names)] for i in range(count)}
+        model._replace_objects(
+            {label: known[name] for label, name in labels.items()},
+            {label: tokens[name] for label, name in labels.items()},
         )
-        for count, (median, least) in row["predict"].items():
-            cold = f"{row['first']:.2f}" if count == next(iter(row["predict"])) else ""
-            lines.append(
-                f"| {NAMES.get(row['way'], row['way'])} | {count} | {cold} | "
-                f"{1e3 * median:.1f} ({1e3 * least:.1f}) | {int(count) / median:.2f} | {memory} |"
-            )
-    lines += [
+        for batch in (1, 8):
+            yield row("meshes", count, model, batch, size)
+    model._replace_objects(known, tokens)
+    for queries in (50, 100, 300, 900):
+        # The same weights: queries are chosen among cells and have none of their own.
+        object.__setattr__(model.network.config, "queries", queries)
+        for batch in (1, 8):
+            yield row("queries", queries, model, batch, size)
+
+
+def scores(options: argparse.Namespace) -> dict[str, Any]:
+    """AR on real photos of both ways, and what the fast one loses."""
+    from smope.evaluate.run import evaluate_dataset
+
+    model = default_model(options)
+    found: dict[str, Any] = {"dataset": options.scores.resolve().name}
+    for way in WAYS:
+        model.fast = way == "fast"
+        result = evaluate_dataset(options.scores, model=model, limit=options.limit, batch=8)
+        found[way] = result["all"]
+    found["change"] = {
+        key: found["fast"][key] - value
+        for key, value in found["eager"].items()
+        if isinstance(value, float) and isinstance(found["fast"].get(key), float)
+    }
+    return found
+
+
+def page(record: dict[str, Any]) -> str:
+    lines = [
+        f"# predict on {record['device']}",
         "",
-        "Parts of the network for one image, ms, median; poses: 3D attention and refinement:",
+        f"{record['date']}, torch {record['torch']}, images {record['size']}, medians of {record['repeats']} "
+        "calls (peer and sweeps: 10). `python benchmarks/predict.py` makes this page and says what is timed.",
         "",
-        "| deformable attention | " + " | ".join(PARTS) + " |",
-        "| --- |" + " ---: |" * len(PARTS),
+        "| network | way | images a call | meshes | first call, s | ms a call: median (least) | images/s "
+        "| GPU memory, MiB | asked for |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for row in rows:
-        cells = [f"{1e3 * row['parts'][p][0]:.1f}" for p in PARTS]
-        lines.append(f"| {NAMES.get(row['way'], row['way'])} | " + " | ".join(cells) + " |")
-    before = ", ".join(f"{row['import']:.1f} + {row['load']:.1f} s" for row in rows)
-    lines += ["", f"Before the first call, import and loading of the weights: {before}."]
+    for row in record["main"]:
+        lines.append(
+            f"| {row['network']} | {WAYS.get(row['way'], row['way'])} | {row['batch']} "
+            f"| {row.get('meshes', '')} | {row['first']:.2f} "
+            f"| {1e3 * row['median']:.2f} ({1e3 * row['least']:.2f}) "
+            f"| {row['batch'] / row['median']:.0f} | {row['MiB']:.0f} | {_asked(row)} |"
+        )
+    if "scores" in record:
+        s = record["scores"]
+        keys = [key for key in s["change"] if key.startswith("AR")]
+        lines += ["", f"Scores on the photos of `{s['dataset']}`:", ""]
+        lines += ["| way | " + " | ".join(keys) + " |", "| --- |" + " ---: |" * len(keys)]
+        for way in (*WAYS, "change"):
+            lines.append(f"| {WAYS.get(way, way)} | " + " | ".join(f"{s[way][k]:.4f}" for k in keys) + " |")
+    if record["sweep"]:
+        lines += [
+            "",
+            "The fast path of the default network against one quantity at a time (the rest: 640x480, 8 ",
+        ]
+        lines[-1] += "meshes, the weights' own queries):"
+        lines += [
+            "",
+            "| what | value | images a call | ms a call | images/s | first call, s | GPU memory, MiB |",
+        ]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        for row in record["sweep"]:
+            lines.append(
+                f"| {row['what']} | {row['value']} | {row['batch']} | {1e3 * row['median']:.2f} "
+                f"| {row['batch'] / row['median']:.0f} | {row['first']:.2f} | {row['MiB']:.0f} |"
+            )
+    for name, entry in record.get("kernels", {}).items():
+        if "kernels" not in entry:
+            continue
+        lines += [
+            "",
+            f"{name}: a replay takes {entry['replay_ms']:.3f} ms, {entry['kernels']} kernels that are ",
+        ]
+        lines[-1] += f"busy for {entry['busy_ms']:.3f} ms. The longest:"
+        lines += ["", "| kernel | times | ms |", "| --- | ---: | ---: |"]
+        lines += [
+            f"| `{key.replace('|', '/')}` | {count} | {ms:.3f} |" for key, count, ms in entry["longest"][:12]
+        ]
+    for name, error in record.get("failed", {}).items():
+        lines += ["", f"{name} failed: {error}"]
     return "\n".join(lines) + "\n"
 
 
-def _has_gpu() -> bool:
-    import torch
+def _asked(row: dict[str, Any]) -> str:
+    if row["network"] not in TARGETS or row["way"] != "fast" or row["batch"] not in (1, 32):
+        return ""
+    milliseconds, rate = TARGETS[row["network"]]
+    if row["batch"] == 1:
+        return f"at most {milliseconds} ms: {'met' if 1e3 * row['median'] <= milliseconds else 'missed'}"
+    return f"at least {rate:.0f}/s: {'met' if row['batch'] / row['median'] >= rate else 'missed'}"
 
-    return torch.cuda.is_available()
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    for column, what in enumerate(("image", "queries", "meshes", "batch")):
+        for line, (scale, label) in enumerate((("median", "ms an image"), ("MiB", "GPU memory, MiB"))):
+            axis = axes[line][column]
+            rows = [row for row in record["sweep"] if row["what"] == what]
+            for batch in sorted({row["batch"] for row in rows}) if what != "batch" else [0]:
+                own = [row for row in rows if what == "batch" or row["batch"] == batch]
+                values = [1e3 * r["median"] / r["batch"] if scale == "median" else r["MiB"] for r in own]
+                name = f"batch {batch}" if batch else None
+                axis.plot([str(r["value"]) for r in own], values, "o-", label=name)
+            axis.set(xlabel=what, ylabel=label if column == 0 else "", ylim=(0, None))
+            if what != "batch":
+                axis.legend(frameon=False)
+    figure.suptitle(f"predict, fast path, default network, {record['device']}, {record['date']}")
+    figure.savefig(path, dpi=110)
 
 
-def _processor() -> str:
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
 
 
 if __name__ == "__main__":

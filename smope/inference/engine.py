@@ -83,6 +83,14 @@ class Engine:
         self._state: Any = None  # what the programs hold: the weights' versions and the meshes
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes: without what was recorded, which belongs to a device and a lock."""
+        return {"network": self.network, "fast": self.fast}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["network"])  # type: ignore[misc]  # as made anew
+        self.fast = state["fast"]
+
     def forget(self) -> None:
         """Let go of all that was recorded, as when the meshes change."""
         with self._lock:
