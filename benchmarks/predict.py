@@ -2,7 +2,8 @@
 
     python benchmarks/predict.py --out DIR                    all tables; DIR/predict.json and DIR/predict.md
     python benchmarks/predict.py --out DIR --scores DATASET   also AR of the fast path against eager float32
-    python benchmarks/predict.py --plot DIR/predict.json      DIR/predict.png, anywhere; needs matplotlib
+    python benchmarks/predict.py --out DIR --finish [--scores DATASET]
+                                                  score and draw what a run has left, on any machine
 
 Times are medians of whole calls, from uint8 images on the GPU to `Poses` on the CPU, by the host's clock,
 which waits for the GPU before and after; default arguments, the bundled weights' own camera. The peer is the
@@ -45,8 +46,8 @@ WAYS = {"eager": "eager, float32", "fast": "fast"}
 
 def main() -> None:
     options = parse()
-    if options.plot:
-        plot(json.loads(options.plot.read_text()), options.plot.with_suffix(".png"))
+    if options.finish:
+        finish(options)
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -59,19 +60,26 @@ def main() -> None:
         "main": [],
         "sweep": [],
     }
-    # What is asked for first comes first, and each step is written at once: a run that is cut off has it.
-    steps: list[tuple[str, Callable[[], None]]] = [
-        ("smope-s", lambda: record["main"].extend(main_rows(default_model(options), "smope-s", options))),
-        (
-            "smope-paper",
-            lambda: record["main"].extend(main_rows(paper_model(options), "smope-paper", options)),
-        ),
-        ("kernels", lambda: record.update(kernels=kernels(options))),
-        ("scores", lambda: record.update(scores=scores(options))),
-        ("peer", lambda: record["main"].extend(peer_rows(options))),
-        ("sweep", lambda: record["sweep"].extend(sweep(options))),
-    ]
-    for name, step in steps:
+
+    def write() -> None:
+        (options.out / "predict.json").write_text(json.dumps(record, indent=1) + "\n")
+        (options.out / "predict.md").write_text(page(record))
+
+    def rows(place: str, found: Iterator[dict[str, Any]]) -> None:
+        for row in found:
+            record[place].append(row)
+            write()
+
+    # What is asked for first comes first, and each row is written at once: a run that is cut off has it.
+    steps: dict[str, Callable[[], None]] = {
+        "smope-s": lambda: rows("main", main_rows(default_model(options), "smope-s", options)),
+        "smope-paper": lambda: rows("main", main_rows(paper_model(options), "smope-paper", options)),
+        "kernels": lambda: record.update(kernels=kernels(options)),
+        "scores": lambda: record.update(scores=scores(options)),
+        "peer": lambda: rows("main", peer_rows(options)),
+        "sweep": lambda: rows("sweep", sweep(options)),
+    }
+    for name, step in steps.items():
         if name in options.skip or (name == "scores" and not options.scores):
             continue
         started = time.perf_counter()
@@ -82,8 +90,7 @@ def main() -> None:
             record.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:400]
         record.setdefault("seconds", {})[name] = time.perf_counter() - started
         free()
-        (options.out / "predict.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.out / "predict.md").write_text(page(record))
+        write()
     print(page(record))
 
 
@@ -105,7 +112,7 @@ def parse() -> argparse.Namespace:
         default=[],
         choices=("smope-s", "smope-paper", "kernels", "scores", "peer", "sweep"),
     )
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw what a run has written")
+    parser.add_argument("--finish", action="store_true", help="measure nothing: score and draw DIR's files")
     return parser.parse_args()
 
 
@@ -315,20 +322,46 @@ def sweep(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def scores(options: argparse.Namespace) -> dict[str, Any]:
     """AR on real photos of both ways, and what the fast one loses."""
-    from smope.evaluate.run import evaluate_dataset
+    from smope.evaluate import run
+    from smope.evaluate.sets import load_pose_set
 
+    run._progress = lambda items, what: items  # the log says what is going on
     model = default_model(options)
-    found: dict[str, Any] = {"dataset": options.scores.resolve().name}
+    pose_set = load_pose_set(options.scores, "bop", None).first(options.limit)
     for way in WAYS:
         model.fast = way == "fast"
-        result = evaluate_dataset(options.scores, model=model, limit=options.limit, batch=8)
-        found[way] = result["all"]
+        estimates = run.predict_estimates(model, pose_set, batch=8)
+        pose_set.write_results(options.out / way, "lmo", estimates)
+    return score_files(options)
+
+
+def score_files(options: argparse.Namespace) -> dict[str, Any]:
+    """Of the results that `scores` has written; needs scipy, which a GPU machine may lack."""
+    from smope.evaluate.run import evaluate_dataset
+
+    found: dict[str, Any] = {"dataset": options.scores.resolve().name}
+    for way in WAYS:
+        (file,) = sorted((options.out / way).glob("*.csv"))
+        found[way] = evaluate_dataset(options.scores, csv=file, limit=options.limit)["all"]
     found["change"] = {
         key: found["fast"][key] - value
         for key, value in found["eager"].items()
         if isinstance(value, float) and isinstance(found["fast"].get(key), float)
     }
     return found
+
+
+def finish(options: argparse.Namespace) -> None:
+    """Score what was predicted elsewhere, and draw."""
+    path = options.out / "predict.json"
+    record = json.loads(path.read_text())
+    if options.scores:
+        record["scores"] = score_files(options)
+        record.get("failed", {}).pop("scores", None)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    (options.out / "predict.md").write_text(page(record))
+    if record["sweep"]:
+        plot(record, options.out / "predict.png")
 
 
 def page(record: dict[str, Any]) -> str:

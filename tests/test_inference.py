@@ -148,7 +148,7 @@ def test_graphs_are_made_once_a_shape_and_kept_to_a_bound(
     class Stand:
         """In place of a program: what it was made for, and the same result"""
 
-        def __init__(self, function: Callable[..., Tensor], images: Tensor, K: Tensor) -> None:
+        def __init__(self, function: Callable[..., Tensor], images: Tensor, K: Tensor, pool: object) -> None:
             made.append(tuple(images.shape))
             self.function = function
 

@@ -30,29 +30,50 @@ class Program:
     """One shape's pass. On a GPU the recorded graph as a CUDA graph, with tensors of its own for what goes in
     and comes out; elsewhere the recorded graph itself."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], images: Tensor, K: Tensor) -> None:
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Tensor], images: Tensor, K: Tensor, pool: Any = None
+    ) -> None:
+        """`pool` is the memory that a CUDA graph works in; graphs that take turns may share one."""
         self.images = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
         self.K = K.clone()
-        device = images.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            module = record(function, (self.images, self.K))
-        simplify(module, cudnn=device.type == "cuda")
-        self.module: fx.GraphModule = module
         self.graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda":
-            self._capture(device)
+        self.module = self._recorded(function, cudnn=images.is_cuda)
+        if images.is_cuda:
+            try:
+                self._warm_up()
+            except RuntimeError as error:  # fused convolutions are not there for every shape and card
+                log.debug("without cuDNN's fused convolutions: %s", error)
+                self.module = self._recorded(function, cudnn=False)
+                self._warm_up()
+            self._capture(pool)
 
-    def _capture(self, device: torch.device) -> None:
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
+    def _recorded(self, function: Callable[[Tensor, Tensor], Tensor], cudnn: bool) -> fx.GraphModule:
+        kind = self.images.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            module = record(function, (self.images, self.K))
+        simplify(module, cudnn)
+        return module
+
+    def _run(self) -> Tensor:
+        with torch.autocast(self.images.device.type, enabled=False):  # the graph holds its own casts
+            output = self.module(self.images, self.K)
+        assert isinstance(output, Tensor)
+        return output
+
+    def _warm_up(self) -> None:
+        """cuDNN and cuBLAS choose and load their kernels, which a capture must not see."""
+        aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside.wait_stream(current)
         with torch.cuda.stream(aside):
-            for _ in range(2):  # cuDNN and cuBLAS choose and load their kernels
-                self.module(self.images, self.K)
-        torch.cuda.current_stream(device).wait_stream(aside)
+            for _ in range(2):
+                self._run()
+        current.wait_stream(aside)
+
+    def _capture(self, pool: Any) -> None:
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            self.output = self.module(self.images, self.K)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            self.output = self._run()
         self.read = torch.empty(self.output.shape, dtype=self.output.dtype, pin_memory=True)
         self.graph = graph
 
@@ -63,7 +84,7 @@ class Program:
         self.images[:count].copy_(images, non_blocking=True)
         self.K[:count].copy_(K, non_blocking=True)
         if self.graph is None:
-            return self.module(self.images, self.K)[:count].cpu()
+            return self._run()[:count].cpu()
         self.graph.replay()
         self.read.copy_(self.output, non_blocking=True)
         torch.cuda.current_stream(images.device).synchronize()
@@ -80,6 +101,7 @@ class Engine:
         self._programs: OrderedDict[Key, Program] = OrderedDict()  # the one used last at the end
         self._asked: Counter[Key] = Counter()
         self._refused = False
+        self._pool: Any = None
         self._state: Any = None  # what the programs hold: the weights' versions and the meshes
         self._lock = threading.Lock()
 
@@ -94,9 +116,7 @@ class Engine:
     def forget(self) -> None:
         """Let go of all that was recorded, as when the meshes change."""
         with self._lock:
-            self._programs.clear()
-            self._asked.clear()
-            self._state = None
+            self._clear(None)
 
     def __call__(self, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
         """images [B, 3, H, W] on the device, uint8 or 0..1, K [B, 3, 3] pixels -> table [B, P, 21] on the
@@ -133,6 +153,8 @@ class Engine:
 
     def _make(self, key: Key, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Program | None:
         started = time.perf_counter()
+        if images.is_cuda and self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         filled = [images.new_zeros(key[0]), torch.eye(3).repeat(key[0][0], 1, 1)]
         for whole, part in zip(filled, (images, K), strict=True):
             whole[: len(part)] = part
@@ -142,6 +164,7 @@ class Engine:
                 lambda pictures, intrinsics: find_table(self.network, pictures, intrinsics, tokens, top_k),
                 filled[0],
                 filled[1].to(images.device),
+                self._pool,
             )
         except (NotRecordable, RuntimeError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -170,6 +193,10 @@ class Engine:
         first = self._weights[0].data_ptr() if self._weights else 0
         state = (tokens, first, sum(tensor._version for tensor in self._weights))
         if state != self._state:
-            self._programs.clear()
-            self._asked.clear()
-            self._state = state
+            self._clear(state)
+
+    def _clear(self, state: Any) -> None:
+        self._programs.clear()
+        self._asked.clear()
+        self._pool = None  # its memory goes with the last graph
+        self._state = state

@@ -153,7 +153,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(result, Tensor):
             self._know(result, node)
             return
-        for i, one in enumerate(result):
+        for i, one in enumerate(result if isinstance(result, (tuple, list)) else ()):
             if isinstance(one, Tensor):
                 item = self._node(getitem, (node, i), {})
                 self._know(one, item)

@@ -23,10 +23,10 @@ def simplify(module: fx.GraphModule, cudnn: bool = False) -> None:
     """In place. `cudnn`: with its fused convolutions, which exist on a GPU alone."""
     graph = module.graph
     fold_norms(module)
-    pointwise_as_products(module)
-    bias_with_relu6(module)
     if cudnn:
         relu_into_cudnn(module)
+    pointwise_as_products(module)
+    bias_with_relu6(module)
     relu_into_products(graph)
     store_channels_last(module)
     graph.eliminate_dead_code()
