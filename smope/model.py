@@ -85,7 +85,7 @@ class SMOPE:
         meshes: Mapping[str, Any] | None = None,
         units: str | None = None,
     ) -> SMOPE:
-        """A bundled name such as "lmo", a folder, or a Hugging Face id; on a GPU computes as `fast` says.
+        """A bundled name such as "lmo", a folder, or a Hugging Face id; `fast` says how it computes.
 
         A `.pth` file of the authors' trainer is read too. It holds no meshes: `meshes` and `units` give
         those it was trained on, as for `register_meshes`. Elsewhere they are registered at once.
