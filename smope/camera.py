@@ -61,7 +61,7 @@ class Camera:
     @property
     def fov_deg(self) -> tuple[float, float]:
         """(horizontal, vertical) degrees from edge to edge, of the pinhole without its lens."""
-        return _field_of_view(self.K, self.size)
+        return _field_of_view(self.K.tolist(), self.size)
 
     @property
     def pinhole(self) -> Camera:
@@ -206,10 +206,10 @@ def _undistort(bent: Tensor, dist: Tensor, steps: int = 20) -> Tensor:
     return point.to(bent.dtype)
 
 
-def _field_of_view(K: Tensor, size: tuple[int, int]) -> tuple[float, float]:
+def _field_of_view(K: list[list[float]], size: tuple[int, int]) -> tuple[float, float]:
     angles = []
     for axis, length in enumerate(size):
-        focal, middle = float(K[axis, axis]), float(K[axis, 2])
+        focal, middle = K[axis][axis], K[axis][2]
         angles.append(
             math.degrees(math.atan((middle + 0.5) / focal) + math.atan((length - 0.5 - middle) / focal))
         )
@@ -241,14 +241,15 @@ def _checked_intrinsics(value: Any, size: tuple[int, int]) -> Tensor:
         raise CameraError(
             f"K of shape {tuple(K.shape)} given, [3, 3] expected: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"
         )
-    if not torch.isfinite(K).all():
-        raise CameraError(f"K holds a value that is not finite: {K.tolist()}")
-    if K[2].tolist() != [0.0, 0.0, 1.0]:
-        hint = "; it looks transposed, pass K.T" if K[:, 2].tolist() == [0.0, 0.0, 1.0] else ""
-        raise CameraError(f"K's last row is {K[2].tolist()}, [0, 0, 1] expected{hint}")
-    if K[1, 0] != 0:
-        raise CameraError(f"K[1, 0] is {float(K[1, 0]):g}, 0 expected: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
-    fx, fy, cx, cy = float(K[0, 0]), float(K[1, 1]), float(K[0, 2]), float(K[1, 2])
+    rows = K.tolist()  # once: each look at a tensor's number takes microseconds
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise CameraError(f"K holds a value that is not finite: {rows}")
+    if rows[2] != [0.0, 0.0, 1.0]:
+        hint = "; it looks transposed, pass K.T" if [row[2] for row in rows] == [0.0, 0.0, 1.0] else ""
+        raise CameraError(f"K's last row is {rows[2]}, [0, 0, 1] expected{hint}")
+    if rows[1][0] != 0:
+        raise CameraError(f"K[1, 0] is {rows[1][0]:g}, 0 expected: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
+    (fx, _, cx), (_, fy, cy), _ = rows
     if fx <= 0 or fy <= 0:
         raise CameraError(f"focal lengths fx = {fx:g}, fy = {fy:g} given, pixels above 0 expected")
     low, high = FOCAL_RATIO
@@ -263,7 +264,7 @@ def _checked_intrinsics(value: Any, size: tuple[int, int]) -> Tensor:
             f"the principal point ({cx:g}, {cy:g}) lies outside the image of {width} x {height} pixels: "
             "is this K of another resolution? Camera(K, its size).resize(size) adapts it"
         )
-    across, down = _field_of_view(K, size)
+    across, down = _field_of_view(rows, size)
     low, high = FIELD_OF_VIEW
     if max(across, down) < low or max(across, down) > high:
         raise CameraError(

@@ -18,7 +18,8 @@ class ImageError(ValueError):
 
 
 def load_image(source: Any, device: torch.device | None = None) -> Tensor:
-    """uint8 [3, H, W] RGB, contiguous, on the CPU; a uint8 tensor that is on `device` already stays there.
+    """uint8 [3, H, W] RGB, contiguous, on the CPU; a uint8 tensor that is on a GPU `device` already stays
+    there, and is not copied: use it before its owner writes to it.
 
     `source` is a path or a PIL image (any mode; EXIF orientation applied, 16-bit grey scaled to 8,
     transparency laid over white), an array [H, W, 3], [H, W, 4] or [H, W] of uint8 or uint16, or a
@@ -132,4 +133,5 @@ def _from_tensor(tensor: Tensor, device: torch.device | None) -> Tensor:
         pixels = (pixels * 255).round().to(torch.uint8)
     if pixels.dtype != torch.uint8:
         raise ImageError(f"a tensor of {pixels.dtype} given, uint8 or float in 0..1 expected")
-    return pixels.expand(3, -1, -1).contiguous().clone()
+    pixels = pixels.expand(3, -1, -1).contiguous()
+    return pixels if stays and pixels.is_cuda else pixels.clone()

@@ -298,7 +298,7 @@ class SMOPE:
         for i, (tensor, _) in enumerate(prepared):
             by_shape.setdefault((*tensor.shape, tensor.dtype), []).append(i)
         for indices in by_shape.values():
-            images = torch.stack([prepared[i][0] for i in indices])
+            images = [prepared[i][0] for i in indices]
             intrinsics = torch.stack([prepared[i][1].K for i in indices])
             table = self._engine(images, intrinsics, self._tokens, top_k)
             scaled, own = [prepared[i][1] for i in indices], [cameras[i] for i in indices]

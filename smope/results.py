@@ -7,23 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from smope.architectures import Network, Tokens, find
 from smope.camera import Camera
-from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou
+from smope.geometry.boxes import cxcywh_to_xyxy
 from smope.networks.pose_head import unit_to_pixels
 from smope.objects import ObjectModel
 from smope.poses import Poses
 
+Floats = NDArray[np.float32]
+
 OVERLAP_OF_ONE = 0.7  # two boxes of one mesh that overlap by this IoU are the same object
-# score, label, box (xyxy, pixels of the network's image), rotation, centre, visibility and log sigma
-_WIDTHS = (1, 1, 4, 9, 3, 1, 2)
 
 
 def find_table(network: Network, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
-    """images [B, 3, H, W], uint8 or 0..1, K [B, 3, 3] pixels -> [B, P, 21] float32, best pairs first"""
+    """images [B, 3, H, W], uint8 or 0..1, K [B, 3, 3] pixels -> [B, P, 21] float32, best pairs first
+
+    A row: score, label, box (xyxy, pixels of this image), rotation, centre, visibility's logit, log sigma.
+    """
     if images.dtype == torch.uint8:
         images = images.float() / 255.0
     found, frame = find(network, images, K, tokens, top_k)
@@ -50,49 +55,63 @@ def read_table(
 ) -> list[Poses]:
     """`find_table`'s result on the CPU -> `Poses` of each image, in the photo's pixels and the meshes' own
     frames. `scaled` are the cameras of the images that the network saw, `cameras` those of the photos."""
+    # In NumPy: for a few rows an operator of PyTorch takes several times as long to start.
+    every = table.numpy()
+    keep = _distinct(every[..., 2:6], every[..., 1], every[..., 0] >= threshold)  # [B, P]
+    rows = every[keep]  # [N, 21]
+    labels = rows[:, 1].astype(np.int64)
     names, models = tuple(objects), tuple(objects.values())
-    keep = _distinct(table[..., 2:6], table[..., 1], table[..., 0] >= threshold)  # [B, P]
-    counts = keep.sum(1).tolist()
-    scores, numbers, boxes, rotation, centre, visibility, log_sigma = table[keep].split(_WIDTHS, -1)
-    labels = numbers[:, 0].long()
-    rotation = rotation.unflatten(-1, (3, 3))
-    middle = torch.stack([model.centre for model in models]).float()[labels]
-    T_CO = torch.eye(4).repeat(len(labels), 1, 1)
-    T_CO[:, :3, :3] = rotation
+    middle = np.array([models[i].centre.tolist() for i in labels], np.float32).reshape(-1, 3)
+    diameters = np.array([models[i].diameter for i in labels], np.float32)
+    rotation, centre, log_sigma = rows[:, 6:15].reshape(-1, 3, 3), rows[:, 15:18], rows[:, 19:21]
+    T_CO = np.zeros((len(rows), 4, 4), np.float32)
+    T_CO[:, :3, :3], T_CO[:, 3, 3] = rotation, 1.0
     T_CO[:, :3, 3] = centre - (rotation @ middle[..., None])[..., 0]
-    expected = log_sigma.clamp(-6, 3).exp()
-    diameters = torch.tensor([model.diameter for model in models])[labels]
-    sigma = torch.stack([torch.rad2deg(expected[:, 0]), expected[:, 1] * diameters], -1)
-    columns = (labels, scores[:, 0], boxes, T_CO, torch.ones_like(centre), visibility[:, 0].sigmoid(), sigma)
-    images = zip(*(column.split(counts) for column in columns), strict=True)
-    return [
-        Poses(
-            names=tuple(names[i] for i in labels.tolist()),
-            labels=labels,
-            scores=scores,
-            boxes_xyxy=to_photo(boxes, seen, camera),
-            T_CO=T_CO,
-            scale=scale,
-            visibility=visibility,
-            sigma=sigma,
-            camera=camera,
-            objects=objects,
-        )
-        for (labels, scores, boxes, T_CO, scale, visibility, sigma), seen, camera in zip(
-            images, scaled, cameras, strict=True
-        )
-    ]
+    expected = np.exp(np.clip(log_sigma, -6.0, 3.0))
+    sigma = np.stack([np.rad2deg(expected[:, 0]), expected[:, 1] * diameters], -1)
+    columns = {
+        "labels": labels,
+        "scores": rows[:, 0].copy(),
+        "boxes_xyxy": rows[:, 2:6].copy(),
+        "T_CO": T_CO,
+        "scale": np.ones((len(rows), 3), np.float32),
+        "visibility": rows[:, 18].copy(),
+        "sigma": sigma,
+    }
+    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+    tensors["visibility"] = tensors["visibility"].sigmoid()
+    found, end = [], 0
+    for count, seen, camera in zip(keep.sum(1).tolist(), scaled, cameras, strict=True):
+        begin, end = end, end + count
+        own = {name: tensor[begin:end] for name, tensor in tensors.items()}
+        own["boxes_xyxy"] = to_photo(own["boxes_xyxy"], seen, camera)
+        own_names = tuple(names[i] for i in labels[begin:end])
+        found.append(Poses(names=own_names, camera=camera, objects=objects, **own))
+    return found
 
 
-def _distinct(boxes: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
-    """[B, N] bool: those of `wanted` that no better one (they come best first) of the same mesh covers."""
-    overlap = paired_iou(boxes[:, :, None], boxes[:, None])[0] > OVERLAP_OF_ONE  # [B, N, N]
-    same = overlap & (labels[:, :, None] == labels[:, None]) & wanted[:, :, None] & wanted[:, None]
-    keep = wanted.tolist()
-    for image, better, worse in same.triu(1).nonzero().tolist():
-        if keep[image][better]:
-            keep[image][worse] = False
-    return torch.tensor(keep, dtype=torch.bool).view(wanted.shape)
+def _distinct(boxes: Floats, labels: Floats, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[B, N]: those of `wanted` that no better one (they come best first) of the same mesh covers."""
+    keep = wanted.copy()
+    for image, row in enumerate(wanted):
+        rows = np.flatnonzero(row)
+        kinds = labels[image, rows]
+        same = np.triu(kinds[:, None] == kinds, 1)
+        if not same.any():
+            continue
+        for better, worse in np.argwhere(same & (_overlaps(boxes[image, rows]) > OVERLAP_OF_ONE)).tolist():
+            if keep[image, rows[better]]:
+                keep[image, rows[worse]] = False
+    return keep
+
+
+def _overlaps(boxes: Floats) -> Floats:
+    """[N, 4] xyxy -> [N, N] IoU"""
+    sides = np.minimum(boxes[:, None, 2:], boxes[:, 2:]) - np.maximum(boxes[:, None, :2], boxes[:, :2])
+    common = np.prod(np.maximum(sides, 0), -1)
+    areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), -1)
+    overlaps: Floats = common / np.maximum(areas[:, None] + areas - common, 1e-9)
+    return overlaps
 
 
 def to_photo(boxes: Tensor, scaled: Camera, camera: Camera) -> Tensor:

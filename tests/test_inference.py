@@ -152,8 +152,11 @@ def test_graphs_are_made_once_a_shape_and_kept_to_a_bound(
             made.append(tuple(images.shape))
             self.function = function
 
-        def __call__(self, images: Tensor, K: Tensor) -> Tensor:
-            return torch.zeros(len(images), 4, 21)
+        def start(self, images: list[Tensor], K: Tensor) -> None:
+            assert len(images) == len(K)
+
+        def table(self, count: int) -> Tensor:
+            return torch.zeros(count, 4, 21)
 
     monkeypatch.setattr(engine, "Program", Stand)
     monkeypatch.setattr(engine, "KEPT", 2)
@@ -164,7 +167,7 @@ def test_graphs_are_made_once_a_shape_and_kept_to_a_bound(
     run.fast = True
 
     def ask(count: int, height: int = 64) -> Tensor:
-        return run(torch.zeros(count, 3, height, 96), torch.eye(3).repeat(count, 1, 1), tokens, 32)
+        return run([torch.zeros(3, height, 96)] * count, torch.eye(3).repeat(count, 1, 1), tokens, 32)
 
     with caplog.at_level(logging.INFO, logger="smope"):
         assert len(ask(3)) == 3

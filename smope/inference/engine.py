@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,10 +33,14 @@ class Program:
     def __init__(
         self, function: Callable[[Tensor, Tensor], Tensor], images: Tensor, K: Tensor, pool: Any = None
     ) -> None:
-        """`pool` is the memory that a CUDA graph works in; graphs that take turns may share one."""
-        self.images = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
+        """images [B, 3, H, W] on the device, K [B, 3, 3] on the CPU. `pool` is the memory that a CUDA graph
+        works in; graphs that take turns may share one."""
+        self.images = images.contiguous()
         self.K = K.clone()
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.output: Tensor | None = None
+        if images.is_cuda:
+            self.K = self.K.pin_memory()
         self.module = self._recorded(function, cudnn=images.is_cuda)
         if images.is_cuda:
             try:
@@ -49,14 +53,18 @@ class Program:
 
     def _recorded(self, function: Callable[[Tensor, Tensor], Tensor], cudnn: bool) -> fx.GraphModule:
         kind = self.images.device.type
+
+        def pass_of(images: Tensor, K: Tensor) -> Tensor:
+            return function(images.contiguous(memory_format=torch.channels_last), K)
+
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            module = record(function, (self.images, self.K))
+            module = record(pass_of, (self.images, self.K.to(self.images.device)))
         simplify(module, cudnn)
         return module
 
     def _run(self) -> Tensor:
         with torch.autocast(self.images.device.type, enabled=False):  # the graph holds its own casts
-            output = self.module(self.images, self.K)
+            output = self.module(self.images, self.K.to(self.images.device, non_blocking=True))
         assert isinstance(output, Tensor)
         return output
 
@@ -71,24 +79,27 @@ class Program:
 
     def _capture(self, pool: Any) -> None:
         graph = torch.cuda.CUDAGraph()
+        output = self._run()
+        self.output = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
         # Other threads may go on using the device meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = self._run()
-        self.read = torch.empty(self.output.shape, dtype=self.output.dtype, pin_memory=True)
+            self.output.copy_(self._run(), non_blocking=True)
         self.graph = graph
 
-    def __call__(self, images: Tensor, K: Tensor) -> Tensor:
-        """The table of the first images, on the CPU; a smaller batch leaves the rest of the graph's as it
-        was."""
-        count = len(images)
-        self.images[:count].copy_(images, non_blocking=True)
-        self.K[:count].copy_(K, non_blocking=True)
+    def start(self, images: Sequence[Tensor], K: Tensor) -> None:
+        """The pass of the first images; a smaller batch leaves the rest of the graph's as it was."""
+        torch.stack(list(images), out=self.images[: len(images)])
+        self.K[: len(K)] = K
+        if self.graph is not None:
+            self.graph.replay()
+
+    def table(self, count: int) -> Tensor:
+        """What came out for the first `count` images, on the CPU"""
         if self.graph is None:
             return self._run()[:count].cpu()
-        self.graph.replay()
-        self.read.copy_(self.output, non_blocking=True)
-        torch.cuda.current_stream(images.device).synchronize()
-        return self.read[:count].clone()
+        assert self.output is not None
+        torch.cuda.current_stream(self.images.device).synchronize()
+        return self.output[:count].clone()
 
 
 class Engine:
@@ -102,7 +113,8 @@ class Engine:
         self._asked: Counter[Key] = Counter()
         self._refused = False
         self._pool: Any = None
-        self._state: Any = None  # what the programs hold: the weights' versions and the meshes
+        self._tokens: Tokens | None = None  # what the programs hold: these meshes
+        self._seen: Any = None  # and weights of these versions
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,54 +128,69 @@ class Engine:
     def forget(self) -> None:
         """Let go of all that was recorded, as when the meshes change."""
         with self._lock:
-            self._clear(None)
+            self._clear()
 
-    def __call__(self, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
-        """images [B, 3, H, W] on the device, uint8 or 0..1, K [B, 3, 3] pixels -> table [B, P, 21] on the
-        CPU"""
-        fast = images.is_cuda if self.fast is None else self.fast
+    def __call__(self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
+        """images B x [3, H, W] on the device, uint8 or 0..1, K [B, 3, 3] pixels on the CPU -> table
+        [B, P, 21] on the CPU"""
+        fast = images[0].is_cuda if self.fast is None else self.fast
         if not fast or self._refused:
-            return find_table(self.network, images, K.to(images.device), tokens, top_k).cpu()
+            return self._eager(images, K, tokens, top_k)
         with self._lock:
-            parts = zip(images.split(LARGEST_BATCH), K.split(LARGEST_BATCH), strict=True)
-            return torch.cat([self._part(part, intrinsics, tokens, top_k) for part, intrinsics in parts])
+            starts = range(0, len(images), LARGEST_BATCH)
+            parts = [
+                self._part(images[i : i + LARGEST_BATCH], K[i : i + LARGEST_BATCH], tokens, top_k)
+                for i in starts
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _part(self, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
-        self._forget_if_changed(tokens)
+    def _part(self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
+        if tokens is not self._tokens:
+            self._clear()
+            self._tokens = tokens
         # Batches are filled up to powers of two, so that the last one of a run does not cost a graph.
         size = 1 << (len(images) - 1).bit_length()
-        key = ((size, *images.shape[1:]), images.dtype, top_k)
-        program = self._programs.get(key)
+        key = ((size, *images[0].shape), images[0].dtype, top_k)
+        if (program := self._programs.get(key)) is not None:
+            program.start(images, K)
+        # A look at each weight takes a while, in which the device is at work already.
+        versions = self._versions()
+        if versions != self._seen:
+            if program is not None:
+                program.table(0)  # wait for the one in flight
+            self._clear()
+            self._seen, program = versions, None
         if program is None:
             self._asked[key] += 1
             if len(self._programs) >= KEPT and self._asked[key] < PATIENCE:
-                return self._plain(images, K, tokens, top_k)
+                with torch.autocast(images[0].device.type, torch.bfloat16, enabled=images[0].is_cuda):
+                    return self._eager(images, K, tokens, top_k)
             program = self._make(key, images, K, tokens, top_k)
             if program is None:
-                return find_table(self.network, images, K.to(images.device), tokens, top_k).cpu()
+                return self._eager(images, K, tokens, top_k)
             if len(self._programs) >= KEPT:
                 self._programs.popitem(last=False)
             self._programs[key] = program
+            program.start(images, K)
         self._programs.move_to_end(key)
-        return program(images, K)
+        return program.table(len(images))
 
-    def _plain(self, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            return find_table(self.network, images, K.to(images.device), tokens, top_k).cpu()
+    def _eager(self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
+        whole = torch.stack(list(images))
+        return find_table(self.network, whole, K.to(whole.device), tokens, top_k).cpu()
 
-    def _make(self, key: Key, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Program | None:
+    def _make(
+        self, key: Key, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int
+    ) -> Program | None:
         started = time.perf_counter()
-        if images.is_cuda and self._pool is None:
+        if images[0].is_cuda and self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        filled = [images.new_zeros(key[0]), torch.eye(3).repeat(key[0][0], 1, 1)]
-        for whole, part in zip(filled, (images, K), strict=True):
-            whole[: len(part)] = part
-            whole[len(part) :] = part[:1]
+        missing = key[0][0] - len(images)
         try:
             program = Program(
                 lambda pictures, intrinsics: find_table(self.network, pictures, intrinsics, tokens, top_k),
-                filled[0],
-                filled[1].to(images.device),
+                torch.stack([*images, *[images[0]] * missing]),
+                torch.cat([K, K[:1].expand(missing, -1, -1)]),
                 self._pool,
             )
         except (NotRecordable, RuntimeError) as error:
@@ -188,15 +215,12 @@ class Engine:
         )
         return program
 
-    def _forget_if_changed(self, tokens: Tokens) -> None:
-        """Recorded graphs hold weights and meshes as constants."""
+    def _versions(self) -> tuple[int, int]:
+        """Changes where a weight does: recorded graphs hold weights and meshes as constants."""
         first = self._weights[0].data_ptr() if self._weights else 0
-        state = (tokens, first, sum(tensor._version for tensor in self._weights))
-        if state != self._state:
-            self._clear(state)
+        return first, sum([tensor._version for tensor in self._weights])
 
-    def _clear(self, state: Any) -> None:
+    def _clear(self) -> None:
         self._programs.clear()
         self._asked.clear()
         self._pool = None  # its memory goes with the last graph
-        self._state = state

@@ -7,6 +7,10 @@ diameters, so that near and far objects weigh alike. Batched, and without a word
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from roma import rotvec_to_rotmat
@@ -18,6 +22,18 @@ from smope.networks.outputs import PoseEstimate
 from smope.networks.pose_head import focal_length
 
 LARGEST_STEP = 0.7  # a linear step is not to be trusted beyond about half a radian
+_whole: ContextVar[bool] = ContextVar("smope_whole_fits", default=False)
+
+
+@contextmanager
+def whole_fits() -> Iterator[None]:
+    """In this block, and without gradients, a fit is one operator, `smope::fit_pose`, not hundreds of small
+    ones: for who records a pass and has a kernel for it (smope/inference)."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 def fit_pose(
@@ -37,6 +53,9 @@ def fit_pose(
     rest as for `gauss_newton_step`. Gradients go through the last step alone: at a solution they are those of
     the solution itself (implicit function theorem), and the path that led there does not matter.
     """
+    if _whole.get() and not torch.is_grad_enabled():
+        given = (points, pixels, weights, prior_step, prior_weight, diameters, K)
+        return _unpacked(fit_pose_whole(start.rotation, start.translation, *given, steps, False), K)
     pose, moved = start.detach(), torch.zeros_like(prior_step)
     for left in reversed(range(steps)):
         given = (points, weights, prior_step, prior_weight)
@@ -98,6 +117,26 @@ def gauss_newton_step(
     return step / (step.abs().amax(-1, keepdim=True) / LARGEST_STEP).clamp(min=1.0)
 
 
+def step_pose(
+    pose: PoseEstimate,
+    points: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    prior_step: Tensor,
+    prior_weight: Tensor,
+    diameters: Tensor,
+    K: Tensor,
+) -> PoseEstimate:
+    """The pose after the one step that `offsets` [B, P, A, 2], in apparent diameters, ask for; the rest as for
+    `fit_pose`."""
+    given = (points, offsets, weights, prior_step, prior_weight, diameters, K)
+    if _whole.get() and not torch.is_grad_enabled():
+        return _unpacked(fit_pose_whole(pose.rotation, pose.translation, *given, 1, True), K)
+    arms = (diameters[..., None, None] * points) @ pose.rotation.transpose(-1, -2)  # [B, P, A, 3] metres
+    step = gauss_newton_step(pose, arms, offsets, weights, prior_step, prior_weight, diameters, K)
+    return move(pose, step, diameters, K)
+
+
 def move(pose: PoseEstimate, step: Tensor, diameters: Tensor, K: Tensor) -> PoseEstimate:
     """The pose after a step [B, P, 6]"""
     rotation = rotvec_to_rotmat(step[..., :3]) @ pose.rotation
@@ -110,3 +149,38 @@ def prior_of(values: Tensor) -> tuple[Tensor, Tensor]:
     """[..., 12] -> the step [..., 6] that a layer expects without looking at points, and how stiffly it is
     held [..., 6]"""
     return values[..., :6], F.softplus(values[..., 6:]) * 0.1 + 1e-4
+
+
+@torch.library.custom_op("smope::fit_pose", mutates_args=())
+def fit_pose_whole(
+    rotation: Tensor,
+    translation: Tensor,
+    points: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    prior_step: Tensor,
+    prior_weight: Tensor,
+    diameters: Tensor,
+    K: Tensor,
+    steps: int,
+    relative: bool,
+) -> Tensor:
+    """`fit_pose`, or with `relative` and one step `step_pose`: -> [B, P, 12], rotation and translation."""
+    start = PoseEstimate(rotation, translation, project(translation, K))
+    given = (points, targets, weights, prior_step, prior_weight, diameters, K)
+    token = _whole.set(False)
+    try:
+        pose = step_pose(start, *given) if relative else fit_pose(start, *given, steps)
+    finally:
+        _whole.reset(token)
+    return torch.cat([pose.rotation.flatten(-2), pose.translation], -1)
+
+
+@fit_pose_whole.register_fake
+def _(rotation: Tensor, *rest: object) -> Tensor:
+    return rotation.new_empty(*rotation.shape[:-2], 12)
+
+
+def _unpacked(values: Tensor, K: Tensor) -> PoseEstimate:
+    translation = values[..., 9:]
+    return PoseEstimate(values[..., :9].unflatten(-1, (3, 3)), translation, project(translation, K))

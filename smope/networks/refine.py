@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smope.geometry.projection import project
 from smope.networks.deformable import MLP, FeedForward, zero_last
-from smope.networks.gauss_newton import gauss_newton_step, move, prior_of
+from smope.networks.gauss_newton import prior_of, step_pose
 from smope.networks.outputs import Features, PoseEstimate
 from smope.networks.pose_head import ImageSize, pixels_to_unit
 from smope.networks.precision import without_autocast
@@ -113,7 +113,7 @@ class PoseRefiner(nn.Module):
         seen = tokens.mean(-2)
         prior = self.prior(torch.cat([seen, pairs], -1)).float()
         with without_autocast(pairs):
-            step = gauss_newton_step(pose, arms, offsets, weights, *prior_of(prior), diameters, K)
-            moved_pose = move(pose, step, diameters, K)
+            points = anchors[..., :3]
+            moved_pose = step_pose(pose, points, offsets, weights, *prior_of(prior), diameters, K)
         refined = replace(moved_pose, offsets=offsets, offset_weights=weights, anchors_uv=uv)
         return refined, pairs + self.summary(seen)
