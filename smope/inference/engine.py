@@ -7,14 +7,18 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from smope.architectures import Network, Tokens
+from smope.inference.fuse import fuse
+from smope.inference.kernels import Kernel
 from smope.inference.record import NotRecordable, record
 from smope.inference.simplify import simplify
+from smope.networks.gauss_newton import whole_fits
 from smope.results import find_table
 
 log = logging.getLogger(__name__)
@@ -41,26 +45,37 @@ class Program:
         self.output: Tensor | None = None
         if images.is_cuda:
             self.K = self.K.pin_memory()
-        self.module = self._recorded(function, cudnn=images.is_cuda)
-        if images.is_cuda:
+        self.kernels: list[Kernel] = []  # of our own
+        if not images.is_cuda:
+            self._record(function, own=False, cudnn=False)
+            return
+        # Neither kernels of our own nor cuDNN's fused convolutions are to be had on every machine.
+        for own, cudnn in ((True, True), (True, False), (False, True), (False, False)):
             try:
+                self._record(function, own, cudnn)
                 self._warm_up()
-            except RuntimeError as error:  # fused convolutions are not there for every shape and card
-                log.debug("without cuDNN's fused convolutions: %s", error)
-                self.module = self._recorded(function, cudnn=False)
-                self._warm_up()
-            self._capture(pool)
+                break
+            except (RuntimeError, AttributeError, ImportError, OSError) as error:
+                if not (own or cudnn) or isinstance(error, (NotRecordable, torch.cuda.OutOfMemoryError)):
+                    raise
+                log.info("the fast pass without %s: %s", _left_out(own, cudnn), error)
+        self._capture(pool)
 
-    def _recorded(self, function: Callable[[Tensor, Tensor], Tensor], cudnn: bool) -> fx.GraphModule:
+    def _record(self, function: Callable[[Tensor, Tensor], Tensor], own: bool, cudnn: bool) -> None:
         kind = self.images.device.type
 
         def pass_of(images: Tensor, K: Tensor) -> Tensor:
             return function(images.contiguous(memory_format=torch.channels_last), K)
 
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            module = record(pass_of, (self.images, self.K.to(self.images.device)))
-        simplify(module, cudnn)
-        return module
+        with (
+            torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"),
+            whole_fits() if own else nullcontext(),
+        ):
+            self.module = record(pass_of, (self.images, self.K.to(self.images.device)))
+        if own:
+            self.kernels = fuse(self.module, cudnn)
+        else:
+            simplify(self.module, cudnn)
 
     def _run(self) -> Tensor:
         with torch.autocast(self.images.device.type, enabled=False):  # the graph holds its own casts
@@ -100,6 +115,10 @@ class Program:
         assert self.output is not None
         torch.cuda.current_stream(self.images.device).synchronize()
         return self.output[:count].clone()
+
+
+def _left_out(own: bool, cudnn: bool) -> str:
+    return "cuDNN's fused convolutions or kernels of its own" if own and cudnn else "kernels of its own"
 
 
 class Engine:

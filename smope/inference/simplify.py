@@ -19,10 +19,17 @@ _NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default)
 _ADD = aten.add.Tensor
 
 
-def simplify(module: fx.GraphModule, cudnn: bool = False) -> None:
-    """In place. `cudnn`: with its fused convolutions, which exist on a GPU alone."""
+def simplify(
+    module: fx.GraphModule,
+    cudnn: bool = False,
+    before: Callable[[fx.GraphModule], None] = lambda module: None,
+    after: Callable[[fx.GraphModule], None] = lambda module: None,
+) -> None:
+    """In place. `cudnn`: with its fused convolutions, which exist on a GPU alone. `before` and `after` put
+    kernels of our own in: where the convolutions are as they were, and at the end."""
     graph = module.graph
     fold_norms(module)
+    before(module)
     if cudnn:
         relu_into_cudnn(module)
     pointwise_as_products(module)
@@ -30,6 +37,7 @@ def simplify(module: fx.GraphModule, cudnn: bool = False) -> None:
     relu_into_products(graph)
     store_channels_last(module)
     graph.eliminate_dead_code()
+    after(module)
     graph.lint()
     module.recompile()
     used = {node.target for node in graph.nodes if node.op == "get_attr"}

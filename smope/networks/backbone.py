@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smope.networks import shifted
+from smope.networks.recorded import recorded_whole
 
 BackboneName = Literal["efficientnet_lite2", "resnet50v2"]
 
@@ -56,7 +57,7 @@ class ConvNorm(nn.Module):
         bias = self.norm.bias - self.norm.running_mean * scale
         if self._sums_shifts(x):
             x = shifted.depthwise(x, weight, bias, self.conv.stride[0], self._ends(x))
-        elif self.thins and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        elif self.thins and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not recorded_whole():
             x = self.thinned(x, weight, bias)
         else:
             x, padding = self._padded(x)
@@ -71,7 +72,7 @@ class ConvNorm(nn.Module):
         """The strided convolution as every other result of the one without stride.
 
         cuDNN has fast kernels for most 16-bit depthwise convolutions, channels last, but not for 3x3 with
-        stride 2 and no padding of its own.
+        stride 2 and no padding of its own. (smope/inference has a kernel of its own.)
         """
         (top, _), (left, _) = self._ends(x)
         pad, stride = self.conv.kernel_size[0] // 2, self.conv.stride[0]

@@ -1,0 +1,222 @@
+"""Puts kernels of our own in a recorded graph: depthwise convolutions, layer norms, pose fits, and runs of small steps.
+
+cuDNN takes ten times a depthwise convolution's bytes for some of them, and a run of elementwise steps costs a
+pass over memory, and at one image a start of two microseconds, for each. Results are those of PyTorch up to
+rounding: between the steps of one kernel numbers stay in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from smope.inference.kernels import TYPES, Kernel, Layout, compile_kernels
+from smope.inference.pointwise import fuse_pointwise
+from smope.inference.simplify import (
+    _call,
+    _calls,
+    _channels_last,
+    _constant,
+    _is_call,
+    _is_constant,
+    _value,
+    _wide,
+    simplify,
+)
+
+aten = torch.ops.aten
+WARP = 32
+
+
+def fuse(
+    module: fx.GraphModule,
+    cudnn: bool = True,
+    compile_with: Callable[[Sequence[Kernel]], None] = compile_kernels,
+) -> list[Kernel]:
+    """`simplify`, and kernels of our own wherever they fit, which it gives back."""
+    kernels: list[Kernel] = []
+
+    def before(module: fx.GraphModule) -> None:
+        kernels.extend(depthwise_convolutions(module))
+
+    def after(module: fx.GraphModule) -> None:
+        for step in (layer_norms, pose_fits, fuse_pointwise):
+            kernels.extend(step(module))
+
+    simplify(module, cudnn, before, after)
+    compile_with(kernels)
+    return kernels
+
+
+def depthwise_convolutions(module: fx.GraphModule) -> list[Kernel]:
+    """With their padding, bias and ReLU6, of maps that are stored channels last"""
+    kernels: list[Kernel] = []
+    for node in _calls(module.graph, aten.convolution.default):
+        x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
+        if not _is_constant(weight) or transposed or any(d != 1 for d in dilation):
+            continue
+        filters = _value(weight)
+        if filters.dim() != 4 or filters.shape[1] != 1 or groups != filters.shape[0] or groups % 8:
+            continue
+        if not (bias is None or _is_constant(bias)) or _value(node).dtype not in TYPES:
+            continue
+        size = filters.shape[-1]
+        if filters.shape[2:] != (size, size) or size > 7 or len(set(stride)) != 1 or stride[0] > 2:
+            continue
+        top, left = padding
+        if _is_call(x, aten.constant_pad_nd.default) and len(x.args[1]) == 4 and not any(x.args[2:]):
+            pads = x.args[1]
+            if min(pads) >= 0:
+                top, left, x = top + pads[2], left + pads[0], x.args[0]
+        if not _channels_last(_value(x)) or not _channels_last(_value(node)):
+            continue
+        (batch, channels, height, width), (_, _, down, across) = _value(x).shape, _value(node).shape
+        last = _only_user(node, aten.hardtanh.default)
+        active = last is not None and last.args[1:] == (0.0, 6.0)
+        end = last if active else node
+        shift = torch.zeros_like(_wide(weight)[:, 0, 0, 0]) if bias is None else _wide(bias)
+        with module.graph.inserting_before(end):
+            rows = _constant(module, _wide(weight).flatten(1).t().contiguous())  # [k k, C]
+            given = (x, rows, _constant(module, shift.contiguous()))
+            sizes = (channels, height, width, down, across, size, stride[0], top, left)
+            numbers = ", ".join([TYPES[_value(x).dtype], *map(str, sizes), str(active).lower()])
+            blocks = batch * -(-down // 8) * -(-across // 32) * -(-channels // 32)
+            kernel = Kernel(
+                f"smope_depthwise_{len(kernels)}",
+                f"using namespace smope; depthwise<{numbers}>(x0, x1, x2, y0);",
+                [Layout.of(_value(n)) for n in given],
+                [Layout.of(_value(end))],
+                blocks * 256,
+            )
+            end.replace_all_uses_with(_call(module.graph, kernel, *given, val=_value(end)))
+        kernels.append(kernel)
+    module.graph.eliminate_dead_code()
+    return kernels
+
+
+def layer_norms(module: fx.GraphModule) -> list[Kernel]:
+    """With the sum before them, the ReLU after them, and the change of type on either side"""
+    graph, kernels = module.graph, []
+    for node in _calls(graph, aten.native_layer_norm.default):
+        x, shape, weight, bias, eps = node.args
+        results = [user for user in node.users if user.users]
+        if len(results) != 1 or results[0].target is not getitem or results[0].args[1] != 0:
+            continue
+        if len(shape) != 1 or shape[0] % WARP or shape[0] > 1024:
+            continue
+        if not all(_is_constant(n) for n in (weight, bias)):
+            continue
+        end, active = results[0], False
+        if (user := _only_user(end, aten.relu.default)) is not None:
+            end, active = user, True
+        casts = list(end.users)
+        kind = _value(end).dtype
+        narrowed = {_value(u).dtype for u in casts if _is_cast(u)}
+        if len(narrowed) == 1 and all(_is_cast(u) for u in casts):
+            kind = narrowed.pop()
+        given = _summed(_uncast(x))
+        if not all(_value(n).dtype in TYPES and _value(n).is_contiguous() for n in given) or kind not in TYPES:
+            continue
+        with graph.inserting_before(node):
+            affine = [_constant(module, _wide(n).contiguous()) for n in (weight, bias)]
+            types = ", ".join(TYPES[t] for t in (_value(given[0]).dtype, _value(given[-1]).dtype, kind))
+            rows = _value(x).numel() // shape[0]
+            flags = f"{str(len(given) == 2).lower()}, {str(active).lower()}"
+            arguments = ", ".join(["x0", "x1" if len(given) == 2 else "nullptr"])
+            arguments += f", x{len(given)}, x{len(given) + 1}, y0, {rows}LL, {float(eps)!r}f"
+            made = torch.empty(_value(end).shape, dtype=kind, device="meta")
+            kernel = Kernel(
+                f"smope_layer_norm_{len(kernels)}",
+                f"using namespace smope; layer_norm<{types}, {shape[0]}, {flags}>({arguments});",
+                [Layout.of(_value(n)) for n in (*given, *affine)],
+                [Layout.of(made)],
+                rows * WARP,
+            )
+            new = _call(graph, kernel, *given, *affine, val=made)
+        if kind != _value(end).dtype:
+            for cast in casts:
+                cast.replace_all_uses_with(new)
+        end.replace_all_uses_with(new)
+        kernels.append(kernel)
+    graph.eliminate_dead_code()
+    return kernels
+
+
+def pose_fits(module: fx.GraphModule) -> list[Kernel]:
+    """`smope::fit_pose`: a warp a pose"""
+    graph, kernels = module.graph, []
+    for node in _calls(graph, torch.ops.smope.fit_pose.default):
+        *given, steps, relative = node.args
+        values = [_value(n) for n in given]
+        if any(value.dtype != torch.float32 for value in values):
+            continue
+        batch, pairs, points = values[2].shape[:3]
+        layouts = [Layout.contiguous(value) for value in values]
+        apart = []
+        for i in (2, 3, 4, 5, 6):
+            row = _row_stride(values[i], 3 if i < 5 else 2)
+            if row is not None:
+                layouts[i] = Layout.of(values[i])
+            apart.append(row or (values[i].shape[-1] if values[i].dim() > (3 if i < 5 else 2) else 1))
+        sizes = [pairs, points, steps, str(bool(relative)).lower(), *apart]
+        pointers = ", ".join(f"x{i}" for i in range(9))
+        kernel = Kernel(
+            f"smope_fit_pose_{len(kernels)}",
+            f"smope::fit_pose<{', '.join(map(str, sizes))}>({pointers}, y0, {batch * pairs}LL);",
+            layouts,
+            [Layout.contiguous(_value(node))],
+            batch * pairs * WARP,
+            aligned=False,
+        )
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(_call(graph, kernel, *given, val=_value(node)))
+        kernels.append(kernel)
+    graph.eliminate_dead_code()
+    return kernels
+
+
+def _row_stride(value: Tensor, dims: int) -> int | None:
+    """How far apart the rows of the first `dims` dimensions are, if it is the same everywhere"""
+    shape, strides = value.shape[:dims], value.stride()[:dims]
+    if value.dim() > dims and value.stride(-1) != 1:
+        return None
+    row = strides[-1]
+    for i in range(dims):
+        if shape[i] != 1 and strides[i] != row * prod(shape[i + 1 : dims]):
+            return None
+    return row
+
+
+def _only_user(node: fx.Node, target: Any) -> Any:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target is target else None
+
+
+def _is_cast(node: Any) -> bool:
+    """Another type, and nothing else"""
+    return (
+        _is_call(node, aten._to_copy.default)
+        and not set(node.kwargs) - {"dtype"}
+        and _value(node).stride() == _value(node.args[0]).stride()
+    )
+
+
+def _uncast(node: fx.Node) -> Any:
+    """What was widened before it came"""
+    if _is_cast(node) and _value(node).dtype == torch.float32 and _value(node.args[0]).dtype in TYPES:
+        return node.args[0]
+    return node
+
+
+def _summed(node: Any) -> tuple[fx.Node, ...]:
+    """The two that were added, or the one"""
+    if not _is_call(node, aten.add.Tensor) or len(node.users) > 1 or node.kwargs:
+        return (node,)
+    parts = tuple(_uncast(n) if isinstance(n, fx.Node) else n for n in node.args)
+    same = all(isinstance(n, fx.Node) and _value(n).shape == _value(node).shape for n in parts)
+    return parts if same and all(_value(n).is_contiguous() for n in parts) else (node,)

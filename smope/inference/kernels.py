@@ -1,0 +1,120 @@
+"""Kernels of our own for the recorded pass: described with all their sizes, compiled together while recording.
+
+NVRTC compiles them, which comes with PyTorch: no CUDA toolkit is needed, and it takes a second or two a graph.
+The source is smope/_ext/infer.h.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smope.networks.gauss_newton import LARGEST_STEP
+from smope.ops.build import SOURCES
+
+log = logging.getLogger(__name__)
+BLOCK = 256
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+Strides = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Layout:
+    """Of one of a kernel's tensors"""
+
+    shape: tuple[int, ...]
+    strides: Strides
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    @classmethod
+    def contiguous(cls, tensor: Tensor) -> Layout:
+        return cls.of(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+    def empty(self, device: torch.device) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+    def fits(self, tensor: Tensor) -> bool:
+        strides = zip(self.shape, self.strides, tensor.stride(), strict=True)
+        return all(length == 1 or mine == its for length, mine, its in strides)
+
+
+class Kernel:
+    """One kernel, called with its input tensors; a graph holds it as a function."""
+
+    def __init__(
+        self,
+        name: str,
+        body: str,
+        inputs: Sequence[Layout],
+        outputs: Sequence[Layout],
+        threads: int,
+        aligned: bool = True,
+    ) -> None:
+        """`body` uses x0, x1, ... and y0, y1, ..., pointers to what inputs and outputs store; `aligned`: 16
+        bytes at once."""
+        self.__name__, self.__module__ = name, __name__  # how a graph's code names its functions
+        self.inputs, self.outputs, self.threads = tuple(inputs), tuple(outputs), threads
+        self.aligned = aligned
+        self.body = body
+        self.launch: Callable[[Kernel, list[Tensor]], None] | None = None
+
+    @property
+    def source(self) -> str:
+        arguments = [f"const {_stored(layout)}* __restrict__ x{i}" for i, layout in enumerate(self.inputs)]
+        arguments += [f"{_stored(layout)}* __restrict__ y{i}" for i, layout in enumerate(self.outputs)]
+        head = f'extern "C" __global__ void __launch_bounds__({BLOCK}) {self.__name__}'
+        return f"{head}({', '.join(arguments)}) {{ {self.body} }}\n"
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        assert self.launch is not None
+        given = [
+            tensor if self._usable(layout, tensor) else layout.empty(tensor.device).copy_(tensor)
+            for layout, tensor in zip(self.inputs, tensors, strict=True)
+        ]
+        made = [layout.empty(tensors[0].device) for layout in self.outputs]
+        self.launch(self, given + made)
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def _usable(self, layout: Layout, tensor: Tensor) -> bool:
+        return layout.fits(tensor) and not (self.aligned and tensor.data_ptr() % 16)
+
+
+def _stored(layout: Layout) -> str:
+    if layout.dtype == torch.uint8:
+        return "unsigned char"
+    return f"smope::{TYPES[layout.dtype]}::Stored"
+
+
+def whole_source(kernels: Sequence[Kernel]) -> str:
+    header = (SOURCES / "infer.h").read_text(encoding="utf-8")
+    constant = f"#define LARGEST_STEP {LARGEST_STEP}f\n"
+    return constant + header + "".join(kernel.source for kernel in kernels)
+
+
+def compile_kernels(kernels: Sequence[Kernel]) -> None:
+    """Make all of them callable on the current GPU; RuntimeError (or what PyTorch raises) where it fails."""
+    if not kernels:
+        return
+    from torch.cuda import _utils
+
+    compiled: Any = _utils._nvrtc_compile(  # of PyTorch 2.8 and later
+        whole_source(kernels), kernels[0].__name__, nvcc_options=["--std=c++17"]
+    )
+    binary = compiled[0] if isinstance(compiled, tuple) else compiled
+    loaded: Any = _utils._cuda_load_module(binary, [kernel.__name__ for kernel in kernels])
+
+    def launch(kernel: Kernel, tensors: list[Tensor]) -> None:
+        blocks = -(-kernel.threads // BLOCK)
+        loaded[kernel.__name__](grid=(blocks, 1, 1), block=(BLOCK, 1, 1), args=tensors)
+
+    for kernel in kernels:
+        kernel.launch = launch
