@@ -104,8 +104,8 @@ DEVICE float within(float v, float low, float high) { return v < low ? low : (v 
 
 // Depthwise convolution, bias and ReLU6 of maps that are stored channels last. A thread makes 8 channels of 4 pixels in
 // a row; the threads of a block make 4 such groups of channels of 32 x 8 pixels, so that what they read is mostly in the
-// first cache. weight [K * K, C] and bias [C] are float.
-template <class T, int C, int H, int W, int OH, int OW, int K, int STRIDE, int TOP, int LEFT, bool RELU6>
+// first cache. weight [K * K, C] and bias [C] are float. BEFORE and AFTER: ReLU6 of what is read and of what is written.
+template <class T, int C, int H, int W, int OH, int OW, int K, int STRIDE, int TOP, int LEFT, bool BEFORE, bool AFTER>
 DEVICE void depthwise(const typename T::Stored* __restrict__ x, const float* __restrict__ weight,
                       const float* __restrict__ bias, typename T::Stored* __restrict__ y) {
     constexpr int PIXELS = 4, GROUPS = C / 8, ACROSS = (OW + 31) / 32, DOWN = (OH + 7) / 8, SETS = (GROUPS + 3) / 4;
@@ -141,6 +141,9 @@ DEVICE void depthwise(const typename T::Stored* __restrict__ x, const float* __r
             if (at_x < 0 || at_x >= W) continue;
             float v[8];
             load<T, 8>(line + (long long)at_x * C, v);
+            if (BEFORE)
+#pragma unroll
+                for (int c = 0; c < 8; ++c) v[c] = within(v[c], 0.f, 6.f);
 #pragma unroll
             for (int p = 0; p < PIXELS; ++p) {
                 const int j = column - p * STRIDE;
@@ -153,7 +156,7 @@ DEVICE void depthwise(const typename T::Stored* __restrict__ x, const float* __r
 #pragma unroll
     for (int p = 0; p < PIXELS; ++p) {
         if (first + p >= OW) break;
-        if (RELU6)
+        if (AFTER)
 #pragma unroll
             for (int c = 0; c < 8; ++c) sum[p][c] = within(sum[p][c], 0.f, 6.f);
         store<T, 8>(y + ((image * OH + row) * OW + first + p) * C + channel, sum[p]);

@@ -54,7 +54,7 @@ def fuse(
 
 
 def depthwise_convolutions(module: fx.GraphModule) -> list[Kernel]:
-    """With their padding, bias and ReLU6, of maps that are stored channels last"""
+    """With their padding, bias and the ReLU6 on either side, of maps that are stored channels last"""
     kernels: list[Kernel] = []
     for node in _calls(module.graph, aten.convolution.default):
         x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
@@ -73,6 +73,8 @@ def depthwise_convolutions(module: fx.GraphModule) -> list[Kernel]:
             pads = x.args[1]
             if min(pads) >= 0:
                 top, left, x = top + pads[2], left + pads[0], x.args[0]
+        first = _is_call(x, aten.hardtanh.default) and x.args[1:] == (0.0, 6.0) and len(x.users) == 1
+        x = x.args[0] if first else x
         if not _channels_last(_value(x)) or not _channels_last(_value(node)):
             continue
         (batch, channels, height, width), (_, _, down, across) = _value(x).shape, _value(node).shape
@@ -84,7 +86,8 @@ def depthwise_convolutions(module: fx.GraphModule) -> list[Kernel]:
             rows = _constant(module, _wide(weight).flatten(1).t().contiguous())  # [k k, C]
             given = (x, rows, _constant(module, shift.contiguous()))
             sizes = (channels, height, width, down, across, size, stride[0], top, left)
-            numbers = ", ".join([TYPES[_value(x).dtype], *map(str, sizes), str(active).lower()])
+            flags = [str(flag).lower() for flag in (first, active)]
+            numbers = ", ".join([TYPES[_value(x).dtype], *map(str, sizes), *flags])
             blocks = batch * -(-down // 8) * -(-across // 32) * -(-channels // 32)
             kernel = Kernel(
                 f"smope_depthwise_{len(kernels)}",

@@ -96,11 +96,11 @@ class PoseRefiner(nn.Module):
 
         -> the moved pose, and the pairs' features with what was seen added
         """
-        arms = (
-            diameters[..., None, None] * anchors[..., :3] @ pose.rotation.transpose(-1, -2)
-        )  # [B, P, A, 3] metres
-        normals = anchors[..., 3:6] @ pose.rotation.transpose(-1, -2)
-        uv = project(arms + pose.translation[..., None, :], K)  # [B, P, A, 2] pixels
+        with without_autocast(pairs):  # in 16 bits a pixel's coordinate is known to a pixel or two
+            back = pose.rotation.transpose(-1, -2)
+            arms = (diameters[..., None, None] * anchors[..., :3]) @ back  # [B, P, A, 3] metres
+            normals = anchors[..., 3:6] @ back
+            uv = project(arms + pose.translation[..., None, :], K)  # [B, P, A, 2] pixels
         sampled = read_maps(maps, pixels_to_unit(uv, size))
         placed = torch.cat([anchors, arms / diameters[..., None, None], normals], -1)
         tokens = self.read(sampled) + self.geometry(placed) + self.pair(pairs)[..., None, :]
