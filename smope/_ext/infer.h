@@ -209,6 +209,33 @@ DEVICE void layer_norm(const typename X::Stored* __restrict__ x, const typename 
     }
 }
 
+// A map [H, W, C] of one image, stored channels last, at x, y in 0..1: bilinear, zero outside. A warp reads one point.
+template <class T, class Y, int C, int H, int W>
+DEVICE void read_map(const typename T::Stored* __restrict__ map, float x, float y, typename Y::Stored* __restrict__ to) {
+    constexpr int EACH = C / WARP, N = EACH % 8 == 0 ? 8 : (EACH % 4 == 0 ? 4 : (EACH % 2 == 0 ? 2 : 1));
+    const int lane = (int)(THREAD % WARP);
+    const float px = within(x * W - 0.5f, -2.f, W + 1.f), py = within(y * H - 0.5f, -2.f, H + 1.f);
+    const float left = floorf(px), top = floorf(py);
+#pragma unroll
+    for (int i = 0; i < EACH / N; ++i) {
+        const int channel = (i * WARP + lane) * N;
+        float sum[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) sum[j] = 0.f;
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+            const int right = corner & 1, below = corner >> 1, column = (int)left + right, row = (int)top + below;
+            if (column < 0 || column >= W || row < 0 || row >= H) continue;
+            const float share = (right ? px - left : 1.f - (px - left)) * (below ? py - top : 1.f - (py - top));
+            float v[N];
+            load<T, N>(map + ((long long)row * W + column) * C + channel, v);
+#pragma unroll
+            for (int j = 0; j < N; ++j) sum[j] += share * v[j];
+        }
+        store<Y, N>(to + channel, sum);
+    }
+}
+
 // One pose a warp from A points: smope/networks/gauss_newton.py says what is computed, in the same names. Rows of
 // points, targets, weights and priors are as far apart as the last template arguments say.
 template <int P, int A, int STEPS, bool RELATIVE, int POINT, int TARGET, int WEIGHT, int PRIOR, int STIFF>

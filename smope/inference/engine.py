@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from smope.inference.fuse import fuse
 from smope.inference.kernels import Kernel
 from smope.inference.record import NotRecordable, record
 from smope.inference.simplify import simplify
-from smope.networks.gauss_newton import whole_fits
+from smope.networks.recorded import whole_steps
 from smope.results import find_table
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class Program:
 
         with (
             torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"),
-            whole_fits() if own else nullcontext(),
+            whole_steps(own),
         ):
             self.module = record(pass_of, (self.images, self.K.to(self.images.device)))
         if own:

@@ -1,4 +1,5 @@
-"""Puts kernels of our own in a recorded graph: depthwise convolutions, layer norms, pose fits, and runs of small steps.
+"""Puts kernels of our own in a recorded graph: depthwise convolutions, layer norms, pose fits,
+reading of maps, and runs of small steps.
 
 cuDNN takes ten times a depthwise convolution's bytes for some of them, and a run of elementwise steps costs a
 pass over memory, and at one image a start of two microseconds, for each. Results are those of PyTorch up to
@@ -45,7 +46,7 @@ def fuse(
         kernels.extend(depthwise_convolutions(module))
 
     def after(module: fx.GraphModule) -> None:
-        for step in (layer_norms, pose_fits, fuse_pointwise):
+        for step in (layer_norms, pose_fits, map_reads, fuse_pointwise):
             kernels.extend(step(module))
 
     simplify(module, cudnn, before, after)
@@ -178,6 +179,44 @@ def pose_fits(module: fx.GraphModule) -> list[Kernel]:
         )
         with graph.inserting_before(node):
             node.replace_all_uses_with(_call(graph, kernel, *given, val=_value(node)))
+        kernels.append(kernel)
+    graph.eliminate_dead_code()
+    return kernels
+
+
+def map_reads(module: fx.GraphModule) -> list[Kernel]:
+    """`smope::read_maps`: a warp a point, all maps one after the other"""
+    graph, kernels = module.graph, []
+    for node in _calls(graph, torch.ops.smope.read_maps.default):
+        maps, points, kind = node.args
+        values = [_value(n) for n in maps]
+        channels = [value.shape[1] for value in values]
+        if any(c % WARP for c in channels) or any(v.dtype not in TYPES for v in values) or kind not in TYPES:
+            continue
+        batch, pairs, each = _value(points).shape[:3]
+        count, width = batch * pairs * each, sum(channels)
+        body = [
+            f"const long long point = THREAD / WARP; if (point >= {count}LL) return;",
+            f"const long long image = point / {pairs * each}LL;",
+            f"const float x = x{len(maps)}[point * 2], y = x{len(maps)}[point * 2 + 1];",
+        ]
+        for i, value in enumerate(values):
+            _, depth, height, across = value.shape
+            sizes = f"smope::{TYPES[value.dtype]}, smope::{TYPES[kind]}, {depth}, {height}, {across}"
+            at, to = f"x{i} + image * {depth * height * across}LL", f"y0 + point * {width} + {sum(channels[:i])}"
+            body.append(f"smope::read_map<{sizes}>({at}, x, y, {to});")
+        layouts = [
+            Layout.of(v.to("meta").contiguous(memory_format=torch.channels_last)) for v in values
+        ]
+        kernel = Kernel(
+            f"smope_read_maps_{len(kernels)}",
+            " ".join(body),
+            [*layouts, Layout.contiguous(_value(points))],
+            [Layout.contiguous(_value(node))],
+            count * WARP,
+        )
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(_call(graph, kernel, *maps, points, val=_value(node)))
         kernels.append(kernel)
     graph.eliminate_dead_code()
     return kernels

@@ -7,10 +7,6 @@ diameters, so that near and far objects weigh alike. Batched, and without a word
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import torch
 import torch.nn.functional as F
 from roma import rotvec_to_rotmat
@@ -20,20 +16,9 @@ from smope.geometry.projection import project
 from smope.geometry.solve import solve_spd
 from smope.networks.outputs import PoseEstimate
 from smope.networks.pose_head import focal_length
+from smope.networks.recorded import recorded_whole, whole_steps
 
 LARGEST_STEP = 0.7  # a linear step is not to be trusted beyond about half a radian
-_whole: ContextVar[bool] = ContextVar("smope_whole_fits", default=False)
-
-
-@contextmanager
-def whole_fits() -> Iterator[None]:
-    """In this block, and without gradients, a fit is one operator, `smope::fit_pose`, not hundreds of small
-    ones: for who records a pass and has a kernel for it (smope/inference)."""
-    token = _whole.set(True)
-    try:
-        yield
-    finally:
-        _whole.reset(token)
 
 
 def fit_pose(
@@ -53,7 +38,7 @@ def fit_pose(
     rest as for `gauss_newton_step`. Gradients go through the last step alone: at a solution they are those of
     the solution itself (implicit function theorem), and the path that led there does not matter.
     """
-    if _whole.get() and not torch.is_grad_enabled():
+    if recorded_whole():
         given = (points, pixels, weights, prior_step, prior_weight, diameters, K)
         return _unpacked(fit_pose_whole(start.rotation, start.translation, *given, steps, False), K)
     pose, moved = start.detach(), torch.zeros_like(prior_step)
@@ -130,7 +115,7 @@ def step_pose(
     """The pose after the one step that `offsets` [B, P, A, 2], in apparent diameters, ask for; the rest as for
     `fit_pose`."""
     given = (points, offsets, weights, prior_step, prior_weight, diameters, K)
-    if _whole.get() and not torch.is_grad_enabled():
+    if recorded_whole():
         return _unpacked(fit_pose_whole(pose.rotation, pose.translation, *given, 1, True), K)
     arms = (diameters[..., None, None] * points) @ pose.rotation.transpose(-1, -2)  # [B, P, A, 3] metres
     step = gauss_newton_step(pose, arms, offsets, weights, prior_step, prior_weight, diameters, K)
@@ -168,11 +153,8 @@ def fit_pose_whole(
     """`fit_pose`, or with `relative` and one step `step_pose`: -> [B, P, 12], rotation and translation."""
     start = PoseEstimate(rotation, translation, project(translation, K))
     given = (points, targets, weights, prior_step, prior_weight, diameters, K)
-    token = _whole.set(False)
-    try:
+    with whole_steps(False):
         pose = step_pose(start, *given) if relative else fit_pose(start, *given, steps)
-    finally:
-        _whole.reset(token)
     return torch.cat([pose.rotation.flatten(-2), pose.translation], -1)
 
 

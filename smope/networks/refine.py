@@ -19,7 +19,8 @@ from smope.networks.deformable import MLP, FeedForward, zero_last
 from smope.networks.gauss_newton import prior_of, step_pose
 from smope.networks.outputs import Features, PoseEstimate
 from smope.networks.pose_head import ImageSize, pixels_to_unit
-from smope.networks.precision import without_autocast
+from smope.networks.precision import autocast_type, without_autocast
+from smope.networks.recorded import recorded_whole, whole_steps
 from smope.networks.shifted import Twice
 
 
@@ -59,9 +60,23 @@ def enlarged(x: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def read_maps(maps: tuple[Tensor, ...], points: Tensor) -> Tensor:
     """maps [B, C_i, h_i, w_i], points [B, P, A, 2] in 0..1 -> [B, P, A, sum C_i]; zero outside the image"""
+    if recorded_whole():
+        return read_maps_whole(list(maps), points, autocast_type(points))
     grid = points * 2 - 1
     read = [F.grid_sample(m.float(), grid, padding_mode="zeros", align_corners=False) for m in maps]
     return torch.cat(read, 1).permute(0, 2, 3, 1)
+
+
+@torch.library.custom_op("smope::read_maps", mutates_args=())
+def read_maps_whole(maps: list[Tensor], points: Tensor, kind: torch.dtype) -> Tensor:
+    """`read_maps`, rounded to `kind`"""
+    with whole_steps(False):
+        return read_maps(tuple(maps), points).to(kind, memory_format=torch.contiguous_format)
+
+
+@read_maps_whole.register_fake
+def _(maps: list[Tensor], points: Tensor, kind: torch.dtype) -> Tensor:
+    return points.new_empty(*points.shape[:-1], sum(m.shape[1] for m in maps), dtype=kind)
 
 
 class PoseRefiner(nn.Module):

@@ -77,7 +77,7 @@ class RegionReader(nn.Module):
         grid = cell_grid(n, boxes.device)  # [n, n, 2] in -1..1
         pixels, share = square_cells(boxes, grid, size)
         seen = read_maps(maps, pixels_to_unit(pixels.flatten(2, 3), size))  # [B, P, n n, S]
-        place = grid.flatten(0, 1).expand(*seen.shape[:3], 2)
+        place = grid.flatten(0, 1).to(seen.dtype).expand(*seen.shape[:3], 2)
         x = self.read(torch.cat([seen, place], -1))
         gain, shift = self.pair(torch.cat([pairs, share.to(pairs.dtype)], -1))[..., None, :].chunk(2, -1)
         x = (x * (1 + gain) + shift).flatten(0, 1).unflatten(1, (n, n))  # [B P, n, n, hidden]
