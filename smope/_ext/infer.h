@@ -141,9 +141,10 @@ DEVICE void depthwise(const typename T::Stored* __restrict__ x, const float* __r
             if (at_x < 0 || at_x >= W) continue;
             float v[8];
             load<T, 8>(line + (long long)at_x * C, v);
-            if (BEFORE)
+            if (BEFORE) {
 #pragma unroll
                 for (int c = 0; c < 8; ++c) v[c] = within(v[c], 0.f, 6.f);
+            }
 #pragma unroll
             for (int p = 0; p < PIXELS; ++p) {
                 const int j = column - p * STRIDE;
@@ -156,9 +157,10 @@ DEVICE void depthwise(const typename T::Stored* __restrict__ x, const float* __r
 #pragma unroll
     for (int p = 0; p < PIXELS; ++p) {
         if (first + p >= OW) break;
-        if (AFTER)
+        if (AFTER) {
 #pragma unroll
             for (int c = 0; c < 8; ++c) sum[p][c] = within(sum[p][c], 0.f, 6.f);
+        }
         store<T, 8>(y + ((image * OH + row) * OW + first + p) * C + channel, sum[p]);
     }
 }

@@ -1,24 +1,27 @@
 """Kernels of our own for the recorded pass: described with all their sizes, compiled together while recording.
 
-NVRTC compiles them, which comes with PyTorch: no CUDA toolkit is needed, and it takes a second or two a graph.
-The source is smope/_ext/infer.h.
+NVRTC compiles them, which comes with PyTorch: no CUDA toolkit is needed. What it made is kept on disk, beside the
+other kernels. The source is smope/_ext/infer.h.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smope.files import write_atomically
 from smope.networks.gauss_newton import LARGEST_STEP
-from smope.ops.build import SOURCES
+from smope.ops.build import SOURCES, cache_folder
 
-log = logging.getLogger(__name__)
 BLOCK = 256
+COMPILERS = 8  # at a time
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Strides = tuple[int, ...]
 
@@ -102,19 +105,40 @@ def whole_source(kernels: Sequence[Kernel]) -> str:
 
 def compile_kernels(kernels: Sequence[Kernel]) -> None:
     """Make all of them callable on the current GPU; RuntimeError (or what PyTorch raises) where it fails."""
-    if not kernels:
-        return
     from torch.cuda import _utils
 
-    compiled: Any = _utils._nvrtc_compile(  # of PyTorch 2.8 and later
-        whole_source(kernels), kernels[0].__name__, nvcc_options=["--std=c++17"]
-    )
-    binary = compiled[0] if isinstance(compiled, tuple) else compiled
-    loaded: Any = _utils._cuda_load_module(binary, [kernel.__name__ for kernel in kernels])
+    capability = "{}{}".format(*torch.cuda.get_device_capability())
+    parts = [kernels[i::COMPILERS] for i in range(min(COMPILERS, len(kernels)))]
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        binaries = list(pool.map(lambda part: _compiled(part, capability), parts))
+    for part, binary in zip(parts, binaries, strict=True):
+        loaded: Any = _utils._cuda_load_module(binary, [kernel.__name__ for kernel in part])
+        for kernel in part:
+            kernel.launch = _launcher(loaded[kernel.__name__])
 
+
+def _compiled(kernels: Sequence[Kernel], capability: str) -> bytes:
+    """From the cache on disk, or made and put there"""
+    from torch.cuda import _utils
+
+    source = whole_source(kernels)
+    digest = hashlib.sha256(f"{source} {torch.version.cuda} {capability}".encode()).hexdigest()
+    kept = cache_folder() / "infer" / f"{digest[:32]}.bin"
+    if kept.is_file():
+        return kept.read_bytes()
+    compiled: Any = _utils._nvrtc_compile(
+        source, kernels[0].__name__, compute_capability=capability, nvcc_options=["--std=c++17"]
+    )
+    binary: bytes = compiled[0] if isinstance(compiled, tuple) else compiled  # it changed with PyTorch 2.9
+    with contextlib.suppress(OSError):  # a cache is no need
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, binary)
+    return binary
+
+
+def _launcher(start: Any) -> Callable[[Kernel, list[Tensor]], None]:
     def launch(kernel: Kernel, tensors: list[Tensor]) -> None:
         blocks = -(-kernel.threads // BLOCK)
-        loaded[kernel.__name__](grid=(blocks, 1, 1), block=(BLOCK, 1, 1), args=tensors)
+        start(grid=(blocks, 1, 1), block=(BLOCK, 1, 1), args=tensors)
 
-    for kernel in kernels:
-        kernel.launch = launch
+    return launch

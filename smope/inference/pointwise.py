@@ -202,7 +202,7 @@ def _body(group: _Group, given: list[fx.Node], leaving: list[fx.Node], wide: int
             code.append(f"float p{i}[{wide}]; smope::load<smope::{kind}, {wide}>(x{i} + first, p{i});")
     code += [f"float q{i}[{wide}];" for i in range(len(leaving))]
     code += ["\n#pragma unroll\n"] if wide > 1 else []
-    code.append(f"for (int lane = 0; lane < {wide}; ++lane) {{ const unsigned i = (unsigned)first + lane;")
+    code.append(f"for (int lane = 0; lane < {wide}; ++lane) {{ [[maybe_unused]] const unsigned i = (unsigned)first + lane;")
     for i, node in enumerate(given):
         kind = TYPES.get(node.meta["val"].dtype)
         if wide > 1 and straight[node] and kind:
