@@ -21,14 +21,27 @@ def compile_on_host(kernels: Sequence[Kernel], folder: Path) -> None:
     source, target = folder / "kernels.cpp", folder / "kernels.so"
     loops = []
     for kernel in kernels:
-        pointers = [f"const {_stored(x)}*" for x in kernel.inputs] + [f"{_stored(y)}*" for y in kernel.outputs]
+        pointers = [f"const {_stored(x)}*" for x in kernel.inputs] + [
+            f"{_stored(y)}*" for y in kernel.outputs
+        ]
         given = ", ".join(f"({pointer})p[{i}]" for i, pointer in enumerate(pointers))
         loops.append(
-            f'extern "C" void run_{kernel.__name__}(void** p) {{ for (long long t = 0; t < {kernel.threads}; ++t) '
+            f'extern "C" void run_{kernel.__name__}(void** p) '
+            f"{{ for (long long t = 0; t < {kernel.threads}; ++t) "
             f"{{ thread_on_host = t; {kernel.__name__}({given}); }} }}\n"
         )
     source.write_text(whole_source(kernels) + "".join(loops))
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", str(source), "-o", str(target)]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-fno-gnu-unique",
+        str(source),
+        "-o",
+        str(target),
+    ]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(target))
 

@@ -275,7 +275,7 @@ def test_the_page_on_deploying_runs(
 
     page = (ROOT / "docs" / "deploy.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     known: dict[str, Any] = {}
     running, port = Running(monkeypatch), free_port()
     for kind, code in blocks:

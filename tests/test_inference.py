@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from smope import SMOPE, Poses
 from smope.inference import engine
 from smope.inference.fuse import fuse
-from smope.inference.kernels import Kernel, compile_kernels
+from smope.inference.kernels import Kernel, compile_kernels, compile_source, whole_source
 from smope.inference.record import NotRecordable, record
 from smope.inference.simplify import launches, relu6_of_sum, simplify
 from smope.networks.backbone import EfficientNetLite2, ResNet50V2
@@ -275,13 +276,18 @@ def fused(function: Callable[..., Tensor], folder: Path, *inputs: Tensor) -> tup
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("size", "stride", "active"), [(3, 1, True), (3, 2, False), (5, 1, True), (5, 2, True)])
+@pytest.mark.parametrize(
+    ("size", "stride", "active"), [(3, 1, True), (3, 2, False), (5, 1, True), (5, 2, True)]
+)
 def test_depthwise_kernel(
     kind: torch.dtype, size: int, stride: int, active: bool, device: torch.device, tmp_path: Path
 ) -> None:
     """Against the convolution in float64: TensorFlow's uneven padding, ReLU6 before and after it"""
     torch.manual_seed(0)
-    weight, bias = torch.randn(40, 1, size, size, device=device).to(kind), torch.randn(40, device=device).to(kind)
+    weight, bias = (
+        torch.randn(40, 1, size, size, device=device).to(kind),
+        torch.randn(40, device=device).to(kind),
+    )
     x = (4 * torch.randn(2, 40, 13, 38, device=device)).to(kind).contiguous(memory_format=torch.channels_last)
     ends = (0, 1, 1, 2) if stride == 2 else (size // 2,) * 4
 
@@ -314,6 +320,21 @@ def test_layer_norm_kernel(kind: torch.dtype, width: int, device: torch.device, 
     summed = x.double() + y.double()
     expected = F.layer_norm(summed, [width], norm.weight.double(), norm.bias.double()).relu().to(kind)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_layer_norm_that_is_read_in_two_types_is_written_in_both(
+    device: torch.device, tmp_path: Path
+) -> None:
+    norm = nn.LayerNorm(64).to(device)
+    x = torch.randn(2, 7, 64, device=device)
+
+    def function(x: Tensor) -> Tensor:
+        y = norm(x)
+        return torch.cat([y, y.half().float().sum(-1, keepdim=True)], -1)
+
+    found, kinds = fused(function, tmp_path, x)
+    assert kinds == ["smope_layer_norm_"]
+    torch.testing.assert_close(found, function(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -376,7 +397,9 @@ def test_elementwise_steps_become_one_kernel(device: torch.device, tmp_path: Pat
 
     found, kinds = fused(function, tmp_path, x, y, z)
     assert kinds == ["smope_pointwise_"]
-    torch.testing.assert_close(found.double(), function(x.double(), y.double(), z.double()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.double(), function(x.double(), y.double(), z.double()), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_pass_with_its_own_kernels_finds_what_the_eager_one_does(model: SMOPE, tmp_path: Path) -> None:
@@ -391,6 +414,36 @@ def test_pass_with_its_own_kernels_finds_what_the_eager_one_does(model: SMOPE, t
     assert len(kinds) == 5
     with torch.no_grad():
         torch.testing.assert_close(found, function(images, K), rtol=1e-3, atol=1e-3)
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def test_source_is_what_nvrtc_takes(model: SMOPE) -> None:
+    found = [name for name in ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12") if _loads(name)]
+    if not found:
+        pytest.skip("no NVRTC where the system looks for libraries")
+    nvrtc = ctypes.CDLL(found[0])
+
+    def function(images: Tensor, K: Tensor) -> Tensor:
+        assert model._tokens is not None
+        return find_table(
+            model.network, images.contiguous(memory_format=torch.channels_last), K, model._tokens, 8
+        )
+
+    sources = []
+    with torch.no_grad(), whole_steps(), torch.autocast("cpu", torch.float16):
+        graph = record(function, (noise(0)[None], torch.tensor(model.config.K)[None]))
+        fuse(graph, False, lambda kernels: sources.append(whole_source(kernels)))
+    for capability in ("80", "90"):
+        assert compile_source(nvrtc, sources[0], capability).startswith(b"\x7fELF")
+    with pytest.raises(RuntimeError, match="refuses"):
+        compile_source(nvrtc, "no program", "90")
 
 
 @needs_gpu

@@ -165,11 +165,13 @@ DEVICE void depthwise(const typename T::Stored* __restrict__ x, const float* __r
     }
 }
 
-// LayerNorm of rows of C numbers, a warp a row: of x, or of x + other; optionally ReLU after it.
-template <class X, class O, class Y, int C, bool SUM, bool RELU>
+// LayerNorm of rows of C numbers, a warp a row: of x, or of x + other; optionally ReLU after it, and the same rounded to
+// another type.
+template <class X, class O, class Y, class Z, int C, bool SUM, bool RELU, bool TWICE>
 DEVICE void layer_norm(const typename X::Stored* __restrict__ x, const typename O::Stored* __restrict__ other,
                        const float* __restrict__ weight, const float* __restrict__ bias,
-                       typename Y::Stored* __restrict__ y, long long rows, float eps) {
+                       typename Y::Stored* __restrict__ y, typename Z::Stored* __restrict__ z, long long rows,
+                       float eps) {
     constexpr int EACH = C / WARP, N = EACH % 8 == 0 ? 8 : (EACH % 4 == 0 ? 4 : (EACH % 2 == 0 ? 2 : 1));
     const long long row = THREAD / WARP;
     const int lane = (int)(THREAD % WARP);
@@ -208,6 +210,7 @@ DEVICE void layer_norm(const typename X::Stored* __restrict__ x, const typename 
             v[i][j] = RELU && normed < 0.f ? 0.f : normed;
         }
         store<Y, N>(y + row * C + at, v[i]);
+        if (TWICE) store<Z, N>(z + row * C + at, v[i]);
     }
 }
 

@@ -118,34 +118,36 @@ def layer_norms(module: fx.GraphModule) -> list[Kernel]:
         end, active = results[0], False
         if (user := _only_user(end, aten.relu.default)) is not None:
             end, active = user, True
-        casts = list(end.users)
-        kind = _value(end).dtype
-        narrowed = {_value(u).dtype for u in casts if _is_cast(u)}
-        if len(narrowed) == 1 and all(_is_cast(u) for u in casts):
-            kind = narrowed.pop()
         given = _summed(_uncast(x))
-        if not all(_value(n).dtype in TYPES and _value(n).is_contiguous() for n in given) or kind not in TYPES:
+        types = [_value(given[0]).dtype, _value(given[-1]).dtype, _value(end).dtype]
+        if not all(_value(n).is_contiguous() for n in given) or not TYPES.keys() >= {*types}:
             continue
+        casts = [user for user in end.users if _is_cast(user) and _value(user).dtype in TYPES]
+        narrow = {_value(cast).dtype for cast in casts}
+        casts = casts if len(narrow) == 1 else []
+        # The cast result alone, or both, or what there is without a cast.
+        kinds = [*([] if casts and len(casts) == len(end.users) else types[2:]), *(narrow if casts else ())]
+        rows, summed, twice = _value(x).numel() // shape[0], len(given) == 2, len(kinds) == 2
+        names = ", ".join(TYPES[kind] for kind in (*types[:2], kinds[0], kinds[-1]))
+        flags = ", ".join(str(flag).lower() for flag in (summed, active, twice))
+        pointers = ["x0", "x1" if summed else "nullptr", f"x{len(given)}", f"x{len(given) + 1}"]
+        pointers += ["y0", "y1" if twice else "nullptr"]
+        made = [torch.empty(_value(end).shape, dtype=kind, device="meta") for kind in kinds]
         with graph.inserting_before(node):
             affine = [_constant(module, _wide(n).contiguous()) for n in (weight, bias)]
-            types = ", ".join(TYPES[t] for t in (_value(given[0]).dtype, _value(given[-1]).dtype, kind))
-            rows = _value(x).numel() // shape[0]
-            flags = f"{str(len(given) == 2).lower()}, {str(active).lower()}"
-            arguments = ", ".join(["x0", "x1" if len(given) == 2 else "nullptr"])
-            arguments += f", x{len(given)}, x{len(given) + 1}, y0, {rows}LL, {float(eps)!r}f"
-            made = torch.empty(_value(end).shape, dtype=kind, device="meta")
             kernel = Kernel(
                 f"smope_layer_norm_{len(kernels)}",
-                f"using namespace smope; layer_norm<{types}, {shape[0]}, {flags}>({arguments});",
+                f"using namespace smope; layer_norm<{names}, {shape[0]}, {flags}>"
+                f"({', '.join(pointers)}, {rows}LL, {float(eps)!r}f);",
                 [Layout.of(_value(n)) for n in (*given, *affine)],
-                [Layout.of(made)],
+                [Layout.of(value) for value in made],
                 rows * WARP,
             )
-            new = _call(graph, kernel, *given, *affine, val=made)
-        if kind != _value(end).dtype:
-            for cast in casts:
-                cast.replace_all_uses_with(new)
-        end.replace_all_uses_with(new)
+            new = _call(graph, kernel, *given, *affine, val=made[0])
+            parts = [_call(graph, getitem, new, i, val=made[i]) for i in range(2)] if twice else [new]
+        for cast in casts:
+            cast.replace_all_uses_with(parts[-1])
+        end.replace_all_uses_with(parts[0])
         kernels.append(kernel)
     graph.eliminate_dead_code()
     return kernels
@@ -203,11 +205,12 @@ def map_reads(module: fx.GraphModule) -> list[Kernel]:
         for i, value in enumerate(values):
             _, depth, height, across = value.shape
             sizes = f"smope::{TYPES[value.dtype]}, smope::{TYPES[kind]}, {depth}, {height}, {across}"
-            at, to = f"x{i} + image * {depth * height * across}LL", f"y0 + point * {width} + {sum(channels[:i])}"
+            at, to = (
+                f"x{i} + image * {depth * height * across}LL",
+                f"y0 + point * {width} + {sum(channels[:i])}",
+            )
             body.append(f"smope::read_map<{sizes}>({at}, x, y, {to});")
-        layouts = [
-            Layout.of(v.to("meta").contiguous(memory_format=torch.channels_last)) for v in values
-        ]
+        layouts = [Layout.of(v.to("meta").contiguous(memory_format=torch.channels_last)) for v in values]
         kernel = Kernel(
             f"smope_read_maps_{len(kernels)}",
             " ".join(body),

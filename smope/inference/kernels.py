@@ -1,12 +1,13 @@
-"""Kernels of our own for the recorded pass: described with all their sizes, compiled together while recording.
+"""Kernels of our own for the recorded pass: described with all their sizes, compiled while recording.
 
-NVRTC compiles them, which comes with PyTorch: no CUDA toolkit is needed. What it made is kept on disk, beside the
-other kernels. The source is smope/_ext/infer.h.
+NVRTC compiles them, which comes with PyTorch: no CUDA toolkit is needed. What it made is kept on disk, beside
+the other kernels. The source is smope/_ext/infer.h.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,17 +124,38 @@ def _compiled(kernels: Sequence[Kernel], capability: str) -> bytes:
 
     source = whole_source(kernels)
     digest = hashlib.sha256(f"{source} {torch.version.cuda} {capability}".encode()).hexdigest()
-    kept = cache_folder() / "infer" / f"{digest[:32]}.bin"
+    kept = cache_folder() / "infer" / f"{digest[:32]}.cubin"
     if kept.is_file():
         return kept.read_bytes()
-    compiled: Any = _utils._nvrtc_compile(
-        source, kernels[0].__name__, compute_capability=capability, nvcc_options=["--std=c++17"]
-    )
-    binary: bytes = compiled[0] if isinstance(compiled, tuple) else compiled  # it changed with PyTorch 2.9
+    binary = compile_source(_utils._get_gpu_rtc_library(), source, capability)
     with contextlib.suppress(OSError):  # a cache is no need
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, binary)
     return binary
+
+
+def compile_source(nvrtc: ctypes.CDLL, source: str, capability: str) -> bytes:
+    """The cubin for sm_`capability`. PyTorch's own call of NVRTC asks for a CUDA toolkit's headers."""
+
+    def text(size: Callable[..., int], read: Callable[..., int]) -> bytes:
+        length = ctypes.c_size_t()
+        size(program, ctypes.byref(length))
+        buffer = ctypes.create_string_buffer(length.value)
+        read(program, buffer)
+        return buffer.raw
+
+    program = ctypes.c_void_p()
+    options = (f"--gpu-architecture=sm_{capability}".encode(), b"--std=c++17")
+    given = (ctypes.c_char_p * len(options))(*options)
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"infer.cu", 0, None, None):
+        raise RuntimeError("NVRTC makes no program")
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), given):
+            said = text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+            raise RuntimeError(f"NVRTC refuses the pass's kernels: {said.decode(errors='replace')[:2000]}")
+        return text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def _launcher(start: Any) -> Callable[[Kernel, list[Tensor]], None]:

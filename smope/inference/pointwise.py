@@ -202,14 +202,19 @@ def _body(group: _Group, given: list[fx.Node], leaving: list[fx.Node], wide: int
             code.append(f"float p{i}[{wide}]; smope::load<smope::{kind}, {wide}>(x{i} + first, p{i});")
     code += [f"float q{i}[{wide}];" for i in range(len(leaving))]
     code += ["\n#pragma unroll\n"] if wide > 1 else []
-    code.append(f"for (int lane = 0; lane < {wide}; ++lane) {{ [[maybe_unused]] const unsigned i = (unsigned)first + lane;")
+    code.append(
+        f"for (int lane = 0; lane < {wide}; ++lane) {{ "
+        "[[maybe_unused]] const unsigned i = (unsigned)first + lane;"
+    )
     for i, node in enumerate(given):
         kind = TYPES.get(node.meta["val"].dtype)
         if wide > 1 and straight[node] and kind:
             code.append(f"const float v{i} = p{i}[lane];")
         else:
             at = "i" if straight[node] else _offset(node.meta["val"], like)
-            code.append(f"const float v{i} = " + (f"smope::{kind}::wide(x{i}[{at}]);" if kind else f"x{i}[{at}];"))
+            code.append(
+                f"const float v{i} = " + (f"smope::{kind}::wide(x{i}[{at}]);" if kind else f"x{i}[{at}];")
+            )
     for i, node in enumerate(group.nodes):
         formula = _formula(node, number)
         number[node] = f"w{i}"

@@ -112,8 +112,10 @@ def step_pose(
     diameters: Tensor,
     K: Tensor,
 ) -> PoseEstimate:
-    """The pose after the one step that `offsets` [B, P, A, 2], in apparent diameters, ask for; the rest as for
-    `fit_pose`."""
+    """The pose after the one step that `offsets` [B, P, A, 2], in apparent diameters, ask for.
+
+    The rest as for `fit_pose`.
+    """
     given = (points, offsets, weights, prior_step, prior_weight, diameters, K)
     if recorded_whole():
         return _unpacked(fit_pose_whole(pose.rotation, pose.translation, *given, 1, True), K)
