@@ -93,24 +93,24 @@ def read_table(
 def _distinct(boxes: Floats, labels: Floats, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """[B, N]: those of `wanted` that no better one (they come best first) of the same mesh covers."""
     keep = wanted.copy()
-    for image, row in enumerate(wanted):
-        rows = np.flatnonzero(row)
-        kinds = labels[image, rows]
-        same = np.triu(kinds[:, None] == kinds, 1)
-        if not same.any():
-            continue
-        for better, worse in np.argwhere(same & (_overlaps(boxes[image, rows]) > OVERLAP_OF_ONE)).tolist():
-            if keep[image, rows[better]]:
-                keep[image, rows[worse]] = False
+    count = wanted.shape[1]
+    later = np.arange(count)[:, None] < np.arange(count)
+    same = (labels[:, :, None] == labels[:, None]) & wanted[:, :, None] & wanted[:, None] & later  # [B, N, N]
+    image, better, worse = np.nonzero(same)
+    covered = _overlaps(boxes[image, better], boxes[image, worse]) > OVERLAP_OF_ONE
+    for i, one, other in zip(*(of[covered].tolist() for of in (image, better, worse)), strict=True):
+        if keep[i, one]:
+            keep[i, other] = False
     return keep
 
 
-def _overlaps(boxes: Floats) -> Floats:
-    """[N, 4] xyxy -> [N, N] IoU"""
-    sides = np.minimum(boxes[:, None, 2:], boxes[:, 2:]) - np.maximum(boxes[:, None, :2], boxes[:, :2])
-    common = np.prod(np.maximum(sides, 0), -1)
-    areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), -1)
-    overlaps: Floats = common / np.maximum(areas[:, None] + areas - common, 1e-9)
+def _overlaps(a: Floats, b: Floats) -> Floats:
+    """[N, 4] xyxy, pair by pair -> [N] IoU"""
+    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    common, *areas = (
+        np.prod(np.maximum(s, 0), -1) for s in (sides, a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2])
+    )
+    overlaps: Floats = common / np.maximum(areas[0] + areas[1] - common, 1e-9)
     return overlaps
 
 

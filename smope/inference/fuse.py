@@ -105,7 +105,7 @@ def depthwise_convolutions(module: fx.GraphModule) -> list[Kernel]:
 
 def layer_norms(module: fx.GraphModule) -> list[Kernel]:
     """With the sum before them, the ReLU after them, and the change of type on either side"""
-    graph, kernels = module.graph, []
+    graph, kernels = module.graph, list[Kernel]()
     for node in _calls(graph, aten.native_layer_norm.default):
         x, shape, weight, bias, eps = node.args
         results = [user for user in node.users if user.users]
@@ -155,7 +155,7 @@ def layer_norms(module: fx.GraphModule) -> list[Kernel]:
 
 def pose_fits(module: fx.GraphModule) -> list[Kernel]:
     """`smope::fit_pose`: a warp a pose"""
-    graph, kernels = module.graph, []
+    graph, kernels = module.graph, list[Kernel]()
     for node in _calls(graph, torch.ops.smope.fit_pose.default):
         *given, steps, relative = node.args
         values = [_value(n) for n in given]
@@ -188,7 +188,7 @@ def pose_fits(module: fx.GraphModule) -> list[Kernel]:
 
 def map_reads(module: fx.GraphModule) -> list[Kernel]:
     """`smope::read_maps`: a warp a point, all maps one after the other"""
-    graph, kernels = module.graph, []
+    graph, kernels = module.graph, list[Kernel]()
     for node in _calls(graph, torch.ops.smope.read_maps.default):
         maps, points, kind = node.args
         values = [_value(n) for n in maps]
@@ -251,7 +251,7 @@ def _is_cast(node: Any) -> bool:
     )
 
 
-def _uncast(node: fx.Node) -> Any:
+def _uncast(node: Any) -> Any:
     """What was widened before it came"""
     if _is_cast(node) and _value(node).dtype == torch.float32 and _value(node.args[0]).dtype in TYPES:
         return node.args[0]

@@ -39,8 +39,8 @@ def fit_pose(
     the solution itself (implicit function theorem), and the path that led there does not matter.
     """
     if recorded_whole():
-        given = (points, pixels, weights, prior_step, prior_weight, diameters, K)
-        return _unpacked(fit_pose_whole(start.rotation, start.translation, *given, steps, False), K)
+        observed = (points, pixels, weights, prior_step, prior_weight, diameters, K)
+        return _unpacked(fit_pose_whole(start.rotation, start.translation, *observed, steps, False), K)
     pose, moved = start.detach(), torch.zeros_like(prior_step)
     for left in reversed(range(steps)):
         given = (points, weights, prior_step, prior_weight)
