@@ -142,12 +142,12 @@ class SMOPE:
     @property
     def fast(self) -> bool:
         """Whether `predict` records the network once for each shape of images (a second or two, which the
-        log tells), and from then on replays it as a CUDA graph in float16. By default so on a GPU; False
-        computes in float32, operator by operator. On a CPU True records too, and stays in float32."""
-        return self.device.type == "cuda" if self._engine.fast is None else self._engine.fast
+        log tells), and from then on replays it, on a GPU as a CUDA graph in float16. False, the default,
+        computes in float32, operator by operator."""
+        return self._engine.fast
 
     @fast.setter
-    def fast(self, value: bool | None) -> None:
+    def fast(self, value: bool) -> None:
         self._engine.fast = value
 
     @property

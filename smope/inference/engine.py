@@ -132,7 +132,7 @@ class Engine:
     def __init__(self, network: Network) -> None:
         self.network = network
         self._weights = [*network.parameters(), *network.buffers()]
-        self.fast: bool | None = None  # None: on a GPU
+        self.fast = False
         self.kind = torch.float16  # eight times nearer to float32 than bfloat16, at the same speed
         self._programs: OrderedDict[Key, Program] = OrderedDict()  # the one used last at the end
         self._asked: Counter[Key] = Counter()
@@ -158,8 +158,7 @@ class Engine:
     def __call__(self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
         """images B x [3, H, W] on the device, uint8 or 0..1, K [B, 3, 3] pixels on the CPU -> table
         [B, P, 21] on the CPU"""
-        fast = images[0].is_cuda if self.fast is None else self.fast
-        if not fast or self._refused:
+        if not self.fast or self._refused:
             return self._eager(images, K, tokens, top_k)
         with self._lock:
             starts = range(0, len(images), LARGEST_BATCH)
