@@ -36,12 +36,13 @@ struct Tile {
     static constexpr int kCorners = kQueries * L::kSamples * 4;
     static constexpr int kLanes = L::kHead / 8;  // of a group: 8 channels a lane
     static constexpr int kGroups = kThreads / kLanes;
+    // Of the settings tried (benchmarks/msda.md), the fastest; fewer levels, so more blocks of less shared memory.
 #ifndef SMOPE_TILE_CELLS
-#define SMOPE_TILE_CELLS 3072
+#define SMOPE_TILE_CELLS (L::kLevels > 3 ? 3072 : 2048)
 #endif
     static constexpr int kCells = SMOPE_TILE_CELLS;  // counters
 #ifndef SMOPE_TILE_BLOCKS
-#define SMOPE_TILE_BLOCKS (768 / kThreads)
+#define SMOPE_TILE_BLOCKS (L::kLevels > 3 ? 2 : 4)
 #endif
     static constexpr int kBlocks = kThreads <= 384 ? SMOPE_TILE_BLOCKS : 1;  // of a multiprocessor, at least
     static_assert(kQueries % 32 == 0, "a warp's threads have one level");
@@ -49,7 +50,7 @@ struct Tile {
     static_assert(kQueries < 256, "a query's number in the tile takes 8 bits");
 
 #ifndef SMOPE_TILE_CHUNKS
-#define SMOPE_TILE_CHUNKS (kCorners / 16 * 7)
+#define SMOPE_TILE_CHUNKS (L::kLevels > 3 ? kCorners / 16 * 7 : kCorners / 12 * 5)
 #endif
     static constexpr int kChunks = SMOPE_TILE_CHUNKS;  // at a time
 
