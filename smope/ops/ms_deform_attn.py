@@ -74,7 +74,9 @@ def _takes_kernel(
 def _exporting() -> bool:
     if torch.jit.is_tracing():  # as ONNX's older exporter does; its newer one exports
         return True
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return torch.onnx.is_in_onnx_export()
 
 
 # torch.compile asks both once, while it traces, and runs them instead of reading them: Dynamo of torch 2.11
