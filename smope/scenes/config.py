@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 Range = tuple[float, float]
 
@@ -25,6 +26,8 @@ class SceneConfig:
     near: float = 0.08  # clipping planes, metres
     far: float = 12.0
 
+    # What the boxes of instances enclose: the silhouette, or the projected corners of the mesh's box.
+    box: Literal["silhouette", "corners"] = "silhouette"
     max_targets: int = 8  # object slots of an image (N)
     targets: tuple[int, int] = (1, 8)  # targets placed in an image, inclusive
     full_set_probability: float = 0.35  # share of images with as many targets as fit, as in crowded photos

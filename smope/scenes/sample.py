@@ -344,7 +344,8 @@ class SceneSampler:
                 points = R @ mesh.hull_rows + t[:, None]
                 if slot == c.max_targets or points[2].min() < c.near:
                     continue  # the silhouette of something that reaches behind the lens has no box
-                pixels = (K @ points)[:2] / points[2]
+                outline = points if c.box == "silhouette" else R @ mesh.box_rows + t[:, None]
+                pixels = (K @ outline)[:2] / outline[2]
                 fields["labels"][slot] = item.target
                 fields["T_CO"][slot, :3, :3] = R
                 fields["T_CO"][slot, :3, 3] = t - R @ mesh.centre

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smope.architectures import Network, architecture_of, build_network
 from smope.config import ConfigError, ModelConfig, from_json, to_json
+from smope.data.corners import with_corner_boxes
 from smope.data.items import Batch
 from smope.data.readers import read_records
 from smope.data.records import Record
@@ -25,13 +26,14 @@ from smope.model import SMOPE
 from smope.objects import ObjectModel
 from smope.scenes.assets import SceneAssets, build_assets
 from smope.scenes.config import SceneConfig
+from smope.train.augment import AugmentConfig
 from smope.train.choice import AnyObjective, make_objective, network_config
 from smope.train.distributed import Ranks, joined
 from smope.train.held_out import HeldOut
 from smope.train.loop import Loop, LoopResult
 from smope.train.preview import draw_truth
 from smope.train.recipe import DataConfig, Recipe, expand, load_recipe
-from smope.train.sources import Source, record_source, scene_source
+from smope.train.sources import Source, mixed_source, record_source, scene_source
 from smope.train.start import begin
 
 log = logging.getLogger(__name__)
@@ -197,22 +199,40 @@ def _source(
 ) -> tuple[Source, SceneConfig | None]:
     if scenes is not None and dataset is not None:
         raise ConfigError("both scenes and dataset given; a run learns from one of them")
-    if scenes is None:
-        records = dataset if dataset is not None else _read_dataset(plan.data)
-        if records is not None:
-            return record_source(objects, records, plan.run, ranks.device, ranks.rank), None
+    photos, count = None, 0
     config = scenes or from_json(SceneConfig, plan.scenes, "scenes")
+    if scenes is None:
+        records = dataset if dataset is not None else _read_dataset(plan.data, objects)
+        if records is not None:
+            mixed = dataset is None and plan.data.share < 1
+            count = max(1, round(plan.data.share * plan.run.batch_size)) if mixed else plan.run.batch_size
+            photos = record_source(
+                objects,
+                records,
+                replace(plan.run, batch_size=count),
+                ranks.device,
+                ranks.rank,
+                plan.data.held_out,
+                from_json(AugmentConfig, plan.augment, "augment") if plan.augment else None,
+                (-(-config.width // 32) * 32, -(-config.height // 32) * 32) if mixed else None,
+            )
+            if not mixed:
+                return photos, None
     ready = _assets(objects, assets, plan.data, ranks)
-    return scene_source(objects, ready, config, plan.run, ranks.device, ranks.rank), config
+    run = replace(plan.run, batch_size=plan.run.batch_size - count)
+    rendered = scene_source(objects, ready, config, run, ranks.device, ranks.rank)
+    return (rendered if photos is None else mixed_source(rendered, photos)), config
 
 
-def _read_dataset(data: DataConfig) -> list[Record] | None:
+def _read_dataset(data: DataConfig, objects: Sequence[ObjectModel]) -> list[Record] | None:
     """The data set of the section [data], if it names one."""
     if (data.dataset is None) != (data.format is None):
         raise ConfigError("data.dataset and data.format go together: the folder, and which form it has")
     if data.dataset is None or data.format is None:
         return None
-    return read_records(expand(data.dataset), data.format, data.split)
+    extents = {model.name: model.extents.tolist() for model in objects}
+    records = read_records(expand(data.dataset), data.format, data.split, extents=extents)
+    return with_corner_boxes(records, objects) if data.box == "corners" else records
 
 
 def _assets(
