@@ -269,5 +269,5 @@ def test_labels_of_whole_cars_are_the_corners_boxes(data_root: Path) -> None:
                 found.append(paired_iou(*pair)[0].item())
                 size = np.array([label.dimensions[k] for k in (1, 2, 0)])
                 np.testing.assert_allclose(a.scale * car.extents.double().numpy(), size, rtol=1e-6)
-    assert len(found) > 20
+    assert len(found) > 10
     assert np.median(found) > 0.95

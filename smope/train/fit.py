@@ -202,7 +202,8 @@ def _source(
     photos, count = None, 0
     config = scenes or from_json(SceneConfig, plan.scenes, "scenes")
     if scenes is None:
-        records = dataset if dataset is not None else _read_dataset(plan.data, objects)
+        sized = bool(plan.network.get("predict_scale", False))
+        records = dataset if dataset is not None else _read_dataset(plan.data, objects, sized)
         if records is not None:
             mixed = dataset is None and plan.data.share < 1
             count = max(1, round(plan.data.share * plan.run.batch_size)) if mixed else plan.run.batch_size
@@ -224,13 +225,13 @@ def _source(
     return (rendered if photos is None else mixed_source(rendered, photos)), config
 
 
-def _read_dataset(data: DataConfig, objects: Sequence[ObjectModel]) -> list[Record] | None:
-    """The data set of the section [data], if it names one."""
+def _read_dataset(data: DataConfig, objects: Sequence[ObjectModel], sized: bool) -> list[Record] | None:
+    """The data set of the section [data], if it names one; `sized`: with the sizes of instances as scales."""
     if (data.dataset is None) != (data.format is None):
         raise ConfigError("data.dataset and data.format go together: the folder, and which form it has")
     if data.dataset is None or data.format is None:
         return None
-    extents = {model.name: model.extents.tolist() for model in objects}
+    extents = {model.name: model.extents.tolist() for model in objects} if sized else None
     records = read_records(expand(data.dataset), data.format, data.split, extents=extents)
     return with_corner_boxes(records, objects) if data.box == "corners" else records
 
