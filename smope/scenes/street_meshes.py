@@ -50,9 +50,9 @@ def street_meshes(classes: Mapping[str, trimesh.Trimesh], vehicles: Path | None)
             parts += _parts(
                 f"{name}/{variant}", changed, _GLASS.get(f"{name}/{variant}", _GLASS[name]), _COLOURS[name]
             )
-    for stem, name in VEHICLES.items() if vehicles is not None and vehicles.is_dir() else ():
-        file = vehicles / f"{stem}.glb"
-        if file.is_file() and name in classes:
+    for stem, name in VEHICLES.items():
+        file = (vehicles or Path()) / f"{stem}.glb"
+        if vehicles is not None and file.is_file() and name in classes:
             parts += _parts(f"{name}/{stem}", load_mesh(file, "m"), _GLASS[stem], _COLOURS[name])
     for stem, thing in _things().items():
         parts += _parts(f"{THING}/{stem}", thing, _no_glass, lambda p: np.ones((len(p.h), 3)))

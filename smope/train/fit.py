@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from smope.model import SMOPE
 from smope.objects import ObjectModel
 from smope.scenes.assets import SceneAssets, build_assets
 from smope.scenes.config import SceneConfig
+from smope.scenes.stream import SceneStream
+from smope.scenes.street_config import StreetConfig
 from smope.train.augment import AugmentConfig
 from smope.train.choice import AnyObjective, make_objective, network_config
 from smope.train.distributed import Ranks, joined
@@ -35,6 +37,7 @@ from smope.train.preview import draw_truth
 from smope.train.recipe import DataConfig, Recipe, expand, load_recipe
 from smope.train.sources import Source, mixed_source, record_source, scene_source
 from smope.train.start import begin
+from smope.train.streets import street_assets, street_stream
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +48,14 @@ class PoseTask:
     """What the loop trains: a network by its objective, scored on held-out images."""
 
     def __init__(
-        self, objective: AnyObjective, objects: Sequence[ObjectModel], held_out: Sequence[Batch]
+        self,
+        objective: AnyObjective,
+        objects: Sequence[ObjectModel],
+        held_out: Sequence[Batch],
+        crowds: bool = False,
     ) -> None:
         self.objective = objective
-        self.judge = HeldOut(objects, held_out) if held_out else None
+        self.judge = HeldOut(objects, held_out, crowds) if held_out else None
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.objective(model, batch)
@@ -106,7 +113,7 @@ def fit(
         network = build_network(config)
         loop = Loop(
             network,
-            PoseTask(loss, objects, source.held_out),
+            PoseTask(loss, objects, source.held_out, crowds=bool(plan.street)),
             source.stream,
             plan.optim,
             plan.run,
@@ -200,10 +207,15 @@ def _source(
     if scenes is not None and dataset is not None:
         raise ConfigError("both scenes and dataset given; a run learns from one of them")
     photos, count = None, 0
+    make: Callable[..., SceneStream] = SceneStream
     config = scenes or from_json(SceneConfig, plan.scenes, "scenes")
+    if plan.street and scenes is None:
+        config = from_json(StreetConfig, plan.street, "street")
     if scenes is None:
         sized = bool(plan.network.get("predict_scale", False))
         records = dataset if dataset is not None else _read_dataset(plan.data, objects, sized)
+        if plan.street:
+            make = street_stream(plan.data, records or ())
         if records is not None:
             mixed = dataset is None and plan.data.share < 1
             count = max(1, round(plan.data.share * plan.run.batch_size)) if mixed else plan.run.batch_size
@@ -219,9 +231,10 @@ def _source(
             )
             if not mixed:
                 return photos, None
-    ready = _assets(objects, assets, plan.data, ranks)
+    build = street_assets if isinstance(config, StreetConfig) else _scene_assets
+    ready = _assets(objects, assets, plan.data, ranks, build)
     run = replace(plan.run, batch_size=plan.run.batch_size - count)
-    rendered = scene_source(objects, ready, config, run, ranks.device, ranks.rank)
+    rendered = scene_source(objects, ready, config, run, ranks.device, ranks.rank, make)
     return (rendered if photos is None else mixed_source(rendered, photos)), config
 
 
@@ -237,7 +250,11 @@ def _read_dataset(data: DataConfig, objects: Sequence[ObjectModel], sized: bool)
 
 
 def _assets(
-    objects: Sequence[ObjectModel], assets: str | Path | SceneAssets | None, data: DataConfig, ranks: Ranks
+    objects: Sequence[ObjectModel],
+    assets: str | Path | SceneAssets | None,
+    data: DataConfig,
+    ranks: Ranks,
+    build: Callable[[Sequence[ObjectModel], DataConfig], SceneAssets],
 ) -> SceneAssets:
     """The given assets, those of a file, or new ones, which are put into the file if one is named."""
     if isinstance(assets, SceneAssets):
@@ -245,8 +262,7 @@ def _assets(
     file = Path(assets) if assets is not None else expand(data.assets) if data.assets else None
     if file is not None and file.exists():
         return _in_order(SceneAssets.load(file), objects)
-    clutter = sorted(expand(data.clutter).rglob("*.ply")) if data.clutter else []
-    if assets is not None and not (clutter or data.backgrounds):
+    if assets is not None and not (data.clutter or data.backgrounds):
         raise ConfigError(f"assets: {file} does not exist, and the recipe names no folders to make it from")
     # One process prepares, then the others read or, without a file, prepare the same for themselves.
     ready = None
@@ -255,18 +271,19 @@ def _assets(
             if file is not None and file.exists():
                 ready = _in_order(SceneAssets.load(file), objects)
             else:
-                log.info(
-                    "preparing %d objects and a choice of %d other meshes to render",
-                    len(objects),
-                    len(clutter),
-                )
-                ready = build_assets(objects, clutter, expand(data.backgrounds) if data.backgrounds else None)
+                log.info("preparing %d objects, and what stands around them, to render", len(objects))
+                ready = build(objects, data)
                 if file is not None:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     ready.save(file)
         ranks.same_for_all(0)
     assert ready is not None
     return ready
+
+
+def _scene_assets(objects: Sequence[ObjectModel], data: DataConfig) -> SceneAssets:
+    clutter = sorted(expand(data.clutter).rglob("*.ply")) if data.clutter else []
+    return build_assets(objects, clutter, expand(data.backgrounds) if data.backgrounds else None)
 
 
 def _in_order(assets: SceneAssets, objects: Sequence[ObjectModel]) -> SceneAssets:

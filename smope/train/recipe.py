@@ -33,6 +33,8 @@ class DataConfig:
     assets: str | None = None  # scene assets in one file; made from the next two where it does not exist
     clutter: str | None = None  # folder of PLY meshes in metres, with index.json
     backgrounds: str | None = None  # folder of photos and hdri/
+    layouts: str | None = None  # of streets: what tools/make_street_layouts.py wrote
+    vehicles: str | None = None  # of streets: folder of further vehicles (GLB)
     backbone: str | None = None  # safetensors of pretrained backbone weights
 
 
@@ -88,6 +90,7 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     scenes: Mapping[str, Any] = field(default_factory=dict)
+    street: Mapping[str, Any] = field(default_factory=dict)  # streets in place of scenes, if not empty
     augment: Mapping[str, Any] = field(default_factory=dict)  # of photos, where it is not empty
     network: Mapping[str, Any] = field(default_factory=dict)
     loss: Mapping[str, Any] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,12 +46,16 @@ def scene_source(
     run: RunConfig,
     device: torch.device,
     rank: int,
+    make: Callable[..., SceneStream] = SceneStream,
 ) -> Source:
-    """Rendered scenes; each process renders its own, and the held-out ones have backgrounds of their own."""
+    """Rendered scenes; each process renders its own, and the held-out ones have backgrounds of their own.
+
+    `make` is the stream of the kind of scenes wanted, called with SceneStream's arguments.
+    """
     own = _every(assets, _HELD_OUT_BACKGROUNDS, kept_out=False)
 
     def stream(start: int) -> Iterator[Batch]:
-        scenes = SceneStream(
+        scenes = make(
             objects,
             assets=own,
             config=config,
@@ -66,7 +70,7 @@ def scene_source(
     held_out: tuple[Batch, ...] = ()
     if rank == 0:
         other = _every(assets, _HELD_OUT_BACKGROUNDS, kept_out=True)
-        batches = SceneStream(
+        batches = make(
             objects,
             assets=other,
             config=config,
