@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import trimesh
@@ -297,7 +298,8 @@ def _trucks(mesh: trimesh.Trimesh) -> dict[str, trimesh.Trimesh]:
             for back in (1.5, 2.8)
         ]
         bare = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
-        found[name] = trimesh.util.concatenate([bare, _fine(box), *wheels])
+        whole: Any = trimesh.util.concatenate([bare, _fine(box), *wheels])
+        found[name] = whole
     return found
 
 
