@@ -54,7 +54,7 @@ class Frame:
 
 
 @dataclass(frozen=True, eq=False)
-class _Prepared:
+class Prepared:
     """One image for one class, metric and difficulty."""
 
     overlaps: FloatArray  # [G, P]
@@ -80,11 +80,19 @@ def kitti_scores(frames: Sequence[Frame], classes: Sequence[str]) -> dict[str, d
 
 
 def average_precision(
-    frames: Sequence[Frame], name: str, metric: Metric, difficulty: Difficulty
+    frames: Sequence[Frame],
+    name: str,
+    metric: Metric,
+    difficulty: Difficulty,
+    minimum: float | None = None,
 ) -> tuple[float, float]:
-    """(AP, average orientation similarity) of one class."""
-    minimum = MIN_OVERLAP[name]
-    prepared = [_prepare(frame, name, metric, difficulty, minimum) for frame in frames]
+    """(AP, average orientation similarity) of one class, by its own overlap or by `minimum`."""
+    minimum = MIN_OVERLAP[name] if minimum is None else minimum
+    return precision_of([prepare(frame, name, metric, difficulty, minimum) for frame in frames], minimum)
+
+
+def precision_of(prepared: Sequence[Prepared], minimum: float) -> tuple[float, float]:
+    """`average_precision` of frames that are prepared once and counted often, as for resampling."""
     total = sum(int(p.counts.sum()) for p in prepared)
     if total == 0:
         return float("nan"), float("nan")
@@ -158,7 +166,7 @@ def polygon_area(polygon: FloatArray) -> float:
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 
 
-def _prepare(frame: Frame, name: str, metric: Metric, difficulty: Difficulty, minimum: float) -> _Prepared:
+def prepare(frame: Frame, name: str, metric: Metric, difficulty: Difficulty, minimum: float) -> Prepared:
     truth = [t for t in frame.truth if t.type in (name, _ALIKE.get(name))]
     # Found boxes too low for the difficulty are ignored whatever their class, like the objects they may show.
     small_all = [int(abs(f.bbox[3] - f.bbox[1])) < difficulty.height for f in frame.found]
@@ -183,7 +191,7 @@ def _prepare(frame: Frame, name: str, metric: Metric, difficulty: Difficulty, mi
         for t in truth
     ]
     alpha_t, alpha_f = (np.array([x.alpha for x in labels], np.float64) for labels in (truth, found))
-    return _Prepared(
+    return Prepared(
         overlaps=overlaps,
         dont_care=np.asarray(dont_care, bool),
         counts=np.array(counts, bool),
@@ -193,7 +201,7 @@ def _prepare(frame: Frame, name: str, metric: Metric, difficulty: Difficulty, mi
     )
 
 
-def _hit_scores(p: _Prepared, minimum: float) -> list[float]:
+def _hit_scores(p: Prepared, minimum: float) -> list[float]:
     """Scores of the hits where every box found is taken: each object with the best scored box over it."""
     free = np.ones(len(p.scores), bool)
     scores = []
@@ -218,7 +226,7 @@ def _score_thresholds(scores: Sequence[float], total: int) -> dict[float, list[i
     return thresholds
 
 
-def _count(p: _Prepared, minimum: float, threshold: float) -> tuple[float, float, float]:
+def _count(p: Prepared, minimum: float, threshold: float) -> tuple[float, float, float]:
     """(hits, false ones, sum of the hits' orientation similarity) of the boxes at or above a score."""
     free = p.scores >= threshold
     hits = alike = 0.0
