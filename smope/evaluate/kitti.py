@@ -108,6 +108,40 @@ def precision_of(prepared: Sequence[Prepared], minimum: float) -> tuple[float, f
     return ap, aos
 
 
+class Resampled:
+    """`precision_of` for many draws of the same frames: each is counted once at every score that matters."""
+
+    def __init__(self, prepared: Sequence[Prepared], minimum: float) -> None:
+        hits = [_hit_scores(p, minimum) for p in prepared]
+        scores = sorted({score for group in hits for score in group}, reverse=True)
+        place = {score: k for k, score in enumerate(scores)}
+        self.objects = np.array([p.counts.sum() for p in prepared], np.float64)  # [F]
+        self.hits = np.zeros((len(prepared), len(scores)))  # [F, S] hits that have the score
+        for row, group in zip(self.hits, hits, strict=True):
+            for score in group:
+                row[place[score]] += 1
+        counted = [[_count(p, minimum, score) for score in scores] for p in prepared]
+        self.counted = np.array(counted, np.float64).reshape(len(prepared), len(scores), 3)
+
+    def precision(self, times: FloatArray) -> tuple[float, float]:
+        """(AP, average orientation similarity) where each frame is there so many `times` [F]."""
+        total = float(times @ self.objects)
+        if total == 0:
+            return float("nan"), float("nan")
+        reached = np.cumsum(times @ self.hits)
+        hits, wrong, alike = np.tensordot(times, self.counted, 1).T if len(reached) else np.zeros((3, 0))
+        precision, similarity = np.zeros((2, _POSITIONS))
+        for position in range(_POSITIONS):
+            needed = np.ceil((position + 1) * total / _POSITIONS - 1e-9)
+            if len(reached) and reached[-1] >= needed:
+                k = int(np.argmax(reached >= needed))
+                if hits[k] + wrong[k] > 0:
+                    precision[position] = hits[k] / (hits[k] + wrong[k])
+                    similarity[position] = alike[k] / (hits[k] + wrong[k])
+        ap, aos = (float(np.maximum.accumulate(v[::-1]).mean()) for v in (precision, similarity))
+        return ap, aos
+
+
 def bev_and_3d_overlaps(a: Sequence[KittiLabel], b: Sequence[KittiLabel]) -> tuple[FloatArray, FloatArray]:
     """[A, B] intersection over union of the ground rectangles, and of the boxes."""
     bev, solid = np.zeros((2, len(a), len(b)))

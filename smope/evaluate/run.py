@@ -93,7 +93,10 @@ def evaluate_dataset(
     }
     if folder is not None:
         report.write_scores(folder / "scores.json", scores)
-    rows = {**scores["objects"], **({"all": scores["all"]} if "all" in scores else {})}
+    rows = {
+        name: {**row, **scores.get("streets", {}).get(name, {})} for name, row in scores["objects"].items()
+    }
+    rows |= {"all": scores["all"]} if "all" in scores else {}
     return {**report.plain(scores), "table": report.format_table(rows, columns)}
 
 
@@ -153,16 +156,13 @@ def _kitti(
     frames = [Frame(dataset.labels[name], found[name]) for name in names]
     present = {label.type for frame in frames for label in frame.truth}
     classes = sorted(name for name in (*CLASS_IDS, "Cyclist") if name in present)
-    table: dict[str, dict[str, Any]] = {
-        name: dict(row) for name, row in kitti_scores(frames, classes).items()
-    }
+    table = kitti_scores(frames, classes)
     streets = [StreetFrame(name, f, dataset.P2[name]) for name, f in zip(names, frames, strict=True)]
-    for name, row in street_scores(streets, classes).items():
-        table[name] |= row
     scored = {
         "images": len(names),
         "seconds_an_image_median": median(seconds),
         "objects": table,
+        "streets": street_scores(streets, classes),
         "confusion": confusion(streets, list(CLASS_IDS)),
     }
     return scored, {key: (key.removeprefix("AP_"), "{:.4f}") for key in KITTI_COLUMNS}

@@ -15,7 +15,7 @@ import numpy as np
 
 from smope.data.kitti import KittiLabel, importer_name, pose_of_label, projected_box
 from smope.data.reading import FloatArray
-from smope.evaluate.kitti import DIFFICULTIES, METRICS, Difficulty, Frame, Prepared, precision_of, prepare
+from smope.evaluate.kitti import DIFFICULTIES, METRICS, Difficulty, Frame, Resampled, precision_of, prepare
 
 OVERLAPS = {"50": 0.5, "70": 0.7}
 THRESHOLD = 0.3  # of the score, for all but the precisions: what `predict` shows by default
@@ -57,7 +57,7 @@ def street_scores(
 
 def _class_scores(frames: Sequence[StreetFrame], name: str, draws: int, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {}
-    moderate: dict[str, tuple[list[Prepared], float]] = {}
+    moderate: dict[str, Resampled] = {}
     for metric in METRICS:
         for label, overlap in OVERLAPS.items():
             for difficulty in DIFFICULTIES:
@@ -66,8 +66,8 @@ def _class_scores(frames: Sequence[StreetFrame], name: str, draws: int, seed: in
                 row[f"AP_{metric}_{label}_{difficulty.name}"] = ap
                 if metric == "2d":
                     row[f"AOS_{label}_{difficulty.name}"] = aos
-                if difficulty is MODERATE:
-                    moderate[f"{metric}_{label}"] = (ready, overlap)
+                if difficulty is MODERATE and draws:
+                    moderate[f"{metric}_{label}"] = Resampled(ready, overlap)
     matches = [[m for m in matches_of(f) if m.truth.type == name] for f in frames]
     rng = np.random.default_rng(seed)
     everything = np.arange(len(frames))
@@ -86,13 +86,12 @@ def _class_scores(frames: Sequence[StreetFrame], name: str, draws: int, seed: in
 
 
 def _resampled(
-    moderate: Mapping[str, tuple[list[Prepared], float]],
-    matches: Sequence[Sequence[Match]],
-    chosen: np.ndarray,
+    moderate: Mapping[str, Resampled], matches: Sequence[Sequence[Match]], chosen: np.ndarray
 ) -> dict[str, float]:
     out = {}
-    for key, (ready, overlap) in moderate.items():
-        ap, aos = precision_of([ready[k] for k in chosen], overlap)
+    times = np.bincount(chosen, minlength=len(matches)).astype(np.float64)
+    for key, frames in moderate.items():
+        ap, aos = frames.precision(times)
         out[f"AP_{key}_moderate"] = ap
         if key == "2d_50":
             out["AOS_50_moderate"] = aos
