@@ -34,6 +34,7 @@ from smope.scenes.turns import about_vector, about_z
 Floats = NDArray[np.float64]
 _LEVEL = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # W to the axes of a level camera
 _MOST_THINGS, _MOST_STREETS = 5, 6
+_SWAPPED = {"Van": 0.5, "Truck": 0.2, "Tram": 0.1, "Pedestrian": 0.2}  # for what, and how often
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +169,9 @@ class StreetSampler:
             for row in rng.permutation(self.layouts.street(int(rng.integers(len(self.layouts))))):
                 kind, size = self.layouts.classes[self.layouts.kind[row]], self.layouts.size[row]
                 if kind == "Car" and rng.random() < c.swap_probability:
-                    kind = str(rng.choice(["Van", "Truck", "Tram", "Pedestrian"], p=[0.5, 0.2, 0.1, 0.2]))
-                    size = self._sizes[kind][rng.integers(len(self._sizes[kind]))]
+                    other = str(rng.choice(list(_SWAPPED), p=list(_SWAPPED.values())))
+                    if other in self._variants and other in self._sizes:
+                        kind, size = other, self._sizes[other][rng.integers(len(self._sizes[other]))]
                 if kind not in self._variants:
                     continue
                 yaw = self.layouts.yaw[row]
