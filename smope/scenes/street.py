@@ -33,7 +33,7 @@ from smope.scenes.turns import about_vector, about_z
 
 Floats = NDArray[np.float64]
 _LEVEL = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # W to the axes of a level camera
-_MOST_THINGS, _MOST_STREETS = 5, 6
+_MOST_STREETS = 6
 _SWAPPED = {"Van": 0.5, "Truck": 0.2, "Tram": 0.1, "Pedestrian": 0.2}  # for what, and how often
 
 
@@ -185,7 +185,7 @@ class StreetSampler:
                 stander = Stander(kind, place, turn, size * rng.normal(1, 0.02))
                 if c.distance[0] < place[1] < c.distance[1] and self._free(stander, standers, view):
                     standers.append(stander)
-        for _ in range(int(rng.integers(0, _MOST_THINGS + 1))):
+        for _ in range(int(rng.integers(0, c.things + 1))):
             place = np.array([rng.normal(0, 9), np.exp(rng.uniform(np.log(4), np.log(60)))])
             tall = rng.uniform(0.5, 5.0) if rng.random() < 0.6 else rng.uniform(0.4, 1.6)
             wide = rng.uniform(0.06, 0.3) if tall > 1.6 else rng.uniform(0.2, 1.3)

@@ -42,6 +42,8 @@ class StreetConfig(SceneConfig):
     crowd_probability: float = (
         0.75  # share of images with objects of several streets' layouts, up to all slots
     )
+    things: int = 5  # most posts, boxes and bushes
+    sky_probability: float = 0.25  # of scenes without a frame: before the environment map, not a photo
     least_height: float = 12.0  # of a box in pixels; lower ones are ignored
     least_shown: float = 0.3  # share of a box within the image; of KITTI's objects at most 0.7 is cut off
     behind: float = 0.15  # of a box may lie over a nearer object of the frame

@@ -97,7 +97,7 @@ def ground_layers(rng: np.random.Generator, config: StreetConfig, photos: int, s
         gain[k] = level * np.exp(rng.normal(0, tint, 3))
 
     wide = rng.uniform(3.0, 8.0)
-    strip(0, 0.0, 150.0, rng.uniform(2, 8), rng.uniform(0.2, 0.6), 0.2)
+    strip(0, 0.0, 150.0, rng.uniform(2, 8), rng.uniform(0.2, 0.6), 0.1)
     strip(1, 0.0, wide, rng.uniform(3, 15), rng.uniform(0.25, 0.6))
     for k in range(2, layers):
         if rng.random() < 0.75:
@@ -117,7 +117,12 @@ def horizon(rng: np.random.Generator, config: StreetConfig, photos: int, sheets:
     uv = np.array([[repeats, 0.0, rng.uniform(-1, 1)], [0.0, tall, 1.0 - tall * down - rng.uniform(0, 0.2)]])
     return {
         "background": np.array(
-            [index, np.exp(rng.normal(0.1, 0.3)), rng.uniform(0, 0.5), float(rng.random() < 0.25)]
+            [
+                index,
+                np.exp(rng.normal(0.1, 0.3)),
+                rng.uniform(0, 0.5),
+                float(rng.random() < config.sky_probability),
+            ]
         ),
         "background_uv": uv,
     }

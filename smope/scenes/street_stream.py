@@ -38,6 +38,8 @@ from smope.scenes.workers import Sampler
 if TYPE_CHECKING:
     from smope.objects import ObjectModel
 
+# Of the environment maps those that show a room, or a night.
+ROOMS = ("apartment", "hall", "lab", "lobby", "night", "studio", "warehouse", "workshop")
 _GROUND_FAR = 60.0  # metres: shadows on a frame's ground are not seen beyond
 
 
@@ -45,7 +47,7 @@ def build_street_assets(
     objects: Sequence[ObjectModel],
     vehicles: Path | None,
     backgrounds: Path | None,
-    max_backgrounds: int = 60,
+    max_backgrounds: int = 40,
     seed: int = 0,
 ) -> SceneAssets:
     """Class meshes as targets, their painted parts as clutter, some photos, and the environment maps."""
@@ -55,7 +57,10 @@ def build_street_assets(
     targets = tuple(prepare_mesh(name, mesh, faces=800, coarse_faces=400) for name, mesh in classes.items())
     parts = street_meshes(classes, vehicles)
     pictures, environments = _pictures(np.random.default_rng(seed), backgrounds, max_backgrounds, 480)
-    # Half of the maps are rooms; daylight has less of a colour.
+    names = sorted(file.stem for file in (backgrounds / "hdri").glob("*.npz")) if backgrounds else []
+    if outdoors := [k for k, name in enumerate(names) if name not in ROOMS]:
+        environments = environments[outdoors]
+    # Light that falls on streets is paler than what the maps show in places.
     grey = environments.astype(np.float32).mean(axis=-1, keepdims=True)
     pale = (grey + 0.4 * (environments.astype(np.float32) - grey)).astype(np.float16)
     return SceneAssets(targets, parts, pictures, pale)

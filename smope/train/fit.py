@@ -213,7 +213,7 @@ def _source(
         config = from_json(StreetConfig, plan.street, "street")
     if scenes is None:
         sized = bool(plan.network.get("predict_scale", False))
-        records = dataset if dataset is not None else _read_dataset(plan.data, objects, sized)
+        records = dataset if dataset is not None else read_dataset(plan.data, objects, sized)
         if plan.street:
             make = street_stream(plan.data, records or ())
         if records is not None:
@@ -238,7 +238,7 @@ def _source(
     return (rendered if photos is None else mixed_source(rendered, photos)), config
 
 
-def _read_dataset(data: DataConfig, objects: Sequence[ObjectModel], sized: bool) -> list[Record] | None:
+def read_dataset(data: DataConfig, objects: Sequence[ObjectModel], sized: bool) -> list[Record] | None:
     """The data set of the section [data], if it names one; `sized`: with the sizes of instances as scales."""
     if (data.dataset is None) != (data.format is None):
         raise ConfigError("data.dataset and data.format go together: the folder, and which form it has")
