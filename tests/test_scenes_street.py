@@ -15,7 +15,8 @@ from PIL import Image
 
 from smope.data.items import UNKNOWN
 from smope.data.kitti import KittiLabel, pose_of_label, projected_box
-from smope.data.records import Annotation, Record
+from smope.data.records import Annotation, Record, to_batch
+from smope.networks.smope_s import SmopeS, SmopeSConfig
 from smope.objects import ObjectModel
 from smope.scenes.assets import SceneAssets
 from smope.scenes.meshes import prepare_mesh
@@ -25,6 +26,8 @@ from smope.scenes.street_frames import Frame, Layouts, frames_of
 from smope.scenes.street_meshes import street_meshes
 from smope.scenes.street_stream import StreetStream, in_any, inside_frame
 from smope.scenes.turns import about_z
+from smope.train.augment import AugmentConfig, augmented, concatenated
+from smope.train.objective import Objective
 
 CONFIG = StreetConfig(
     width=320, height=96, fx=186.0, fy=186.0, cx=157.0, cy=44.0, shadow_size=64, max_targets=6,
@@ -212,3 +215,44 @@ def test_layouts_of_the_repository_hold_streets() -> None:
     cars = layouts.size[layouts.kind == 1]
     np.testing.assert_allclose(cars.mean(axis=0), [1.63, 3.88, 1.53], atol=0.06)  # of all labels, FACTS
     assert (layouts.place[:, 1] > 1.5).all()
+
+
+# 2026-11: torch 2.13's Dynamo looks at the .grad of what it is given, leaf or not.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_one_training_step_on_renders_beside_a_photo(
+    assets: SceneAssets, layouts: Layouts, record: Record, objects: list[ObjectModel]
+) -> None:
+    """A mixed batch through the network with sizes, its loss, and back: every part that should learn does."""
+    given = {"assets": assets, "layouts": layouts, "frames": [record], "config": CONFIG}
+    with StreetStream((), seed=3, batch_size=1, **given) as s:  # type: ignore[arg-type]
+        render = s.batch(0)
+    names = [model.name for model in objects]
+    photo = augmented(to_batch([record], names), (320, 96), AugmentConfig(zoom=(1.0, 1.0)), (1,))
+    batch = concatenated([render, photo])
+    torch.manual_seed(0)
+    network = SmopeS(
+        SmopeSConfig(
+            width=32, heads=4, encoder_layers=1, encoder_hidden=32, decoder_layers=2, decoder_hidden=32,
+            queries=24, mesh_tokens=4, surface_points=64, anchors=16, refine_layers=1, rebuilt_points=32,
+            region_cells=8, denoising_groups=1, predict_scale=True,
+        )
+    )  # fmt: skip
+    objective = Objective(objects)
+    whole = torch.compile(objective.detection_losses, backend="eager", fullgraph=True)
+    objective.detection_losses = whole  # type: ignore[method-assign]
+    poses = torch.compile(objective.pose_losses, backend="eager", fullgraph=True)
+    objective.pose_losses = poses  # type: ignore[method-assign]
+    loss, parts = objective(network, batch)
+    assert torch.isfinite(loss)
+    assert {"scale/direct", "scale/region", "scale/refined", "regions/where", "coordinates"} <= parts.keys()
+    loss.backward()
+    assert network.pose_head.log_scale is not None
+    gradient = network.pose_head.log_scale.layers[-1].bias.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+    # The photo's pixels say nothing of surfaces: without the render those losses are nothing.
+    alone = objective(network, batch[1:2])[1]
+    assert alone["regions/where"] == 0
+    assert alone["regions/seen"] == 0
+    assert alone["coordinates"] == 0
+    assert alone["points/direct"] > 0
