@@ -26,6 +26,7 @@ HELD_OUT_SEED = 7_654_321  # far from any seed of a training process
 _RANK_SEED = 1_000_003
 _HELD_OUT_BACKGROUNDS = 8  # every so many-th photo and environment map is never trained on
 _HELD_OUT_RECORDS = 10
+_KEPT_DECODED = 150
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,15 @@ def record_source(
 
     seed = run.seed + _RANK_SEED * rank
 
+    decoded: dict[str, Batch] = {}
+
+    def photo(record: Record) -> Batch:
+        """Decoded once, as long as all fit into some hundreds of MiB."""
+        item = decoded.get(record.key) or to_batch([record], names)
+        if len(training) <= _KEPT_DECODED:
+            decoded[record.key] = item
+        return item
+
     def drawn(index: int) -> Batch:
         chosen = _drawn(training, index, run.batch_size, seed)
         if augment is None:
@@ -135,8 +145,7 @@ def record_source(
         size = frame or canvas
         # One at a time: photos of several sizes end at different places.
         photos = [
-            augmented(to_batch([record], names), size, augment, (seed, index, i))
-            for i, record in enumerate(chosen)
+            augmented(photo(record), size, augment, (seed, index, i)) for i, record in enumerate(chosen)
         ]
         return padded(concatenated(photos), slots).to(device)
 
