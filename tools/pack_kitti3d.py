@@ -7,7 +7,7 @@ There:
     mkdir -p data && tar -xf .carry/kitti3d.tar -C data
     SMOPE_DATA=data smope fit recipes/kitti3d.toml --assets data/assets.npz --out runs/kitti3d
 
-In it: the training frames (JPEG, coded anew at quality 80), their labels and cameras, the class meshes, the
+In it: the training frames (JPEG, coded anew at quality 85), their labels and cameras, the class meshes, the
 scene assets, and the backbone's weights. It is third-party data and stays out of the repository.
 """
 
@@ -25,7 +25,7 @@ from smope.train.fit import objects_of
 from smope.train.recipe import Recipe, expand, load_recipe
 from smope.train.streets import street_assets
 
-QUALITY = 80
+QUALITY = 85
 RECIPE = Path(__file__).parent.parent / "recipes" / "kitti3d.toml"
 
 

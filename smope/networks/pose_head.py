@@ -21,7 +21,7 @@ from smope.networks.outputs import PairOutputs, PoseEstimate
 from smope.networks.precision import without_autocast
 
 ImageSize = tuple[int, int]  # (width, height) in pixels
-_MOST_STRETCH = 1.6  # in the logarithm: a fifth to five times the registered mesh
+_MOST_STRETCH = 2.3  # in the logarithm: a tenth to ten times the registered mesh
 
 
 def unit_to_pixels(points: Tensor, size: ImageSize) -> Tensor:
