@@ -27,7 +27,8 @@ OVERLAP_OF_ONE = 0.7  # two boxes of one mesh that overlap by this IoU are the s
 def find_table(network: Network, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
     """images [B, 3, H, W], uint8 or 0..1, K [B, 3, 3] pixels -> [B, P, 24] float32, best pairs first
 
-    A row: score, label, box (xyxy, pixels of this image), rotation, centre, visibility's logit, log sigma, scale.
+    A row: score, label, box (xyxy, pixels of this image), rotation, centre, visibility's logit, log sigma,
+    scale.
     """
     if images.dtype == torch.uint8:
         images = images.float() / 255.0
