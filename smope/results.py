@@ -25,9 +25,10 @@ OVERLAP_OF_ONE = 0.7  # two boxes of one mesh that overlap by this IoU are the s
 
 
 def find_table(network: Network, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
-    """images [B, 3, H, W], uint8 or 0..1, K [B, 3, 3] pixels -> [B, P, 21] float32, best pairs first
+    """images [B, 3, H, W], uint8 or 0..1, K [B, 3, 3] pixels -> [B, P, 24] float32, best pairs first
 
-    A row: score, label, box (xyxy, pixels of this image), rotation, centre, visibility's logit, log sigma.
+    A row: score, label, box (xyxy, pixels of this image), rotation, centre, visibility's logit, log sigma,
+    scale.
     """
     if images.dtype == torch.uint8:
         images = images.float() / 255.0
@@ -42,6 +43,7 @@ def find_table(network: Network, images: Tensor, K: Tensor, tokens: Tokens, top_
         pose.translation,
         found.pairs.visibility_logit[..., None],
         found.pairs.log_sigma,
+        torch.ones_like(pose.translation) if pose.scale is None else pose.scale,
     ]
     return torch.cat([column.float() for column in columns], -1)
 
@@ -58,12 +60,15 @@ def read_table(
     # In NumPy: for a few rows an operator of PyTorch takes several times as long to start.
     every = table.numpy()
     keep = _distinct(every[..., 2:6], every[..., 1], every[..., 0] >= threshold)  # [B, P]
-    rows = every[keep]  # [N, 21]
+    rows = every[keep]  # [N, 24]
     labels = rows[:, 1].astype(np.int64)
     names, models = tuple(objects), tuple(objects.values())
     middle = np.array([models[i].centre.tolist() for i in labels], np.float32).reshape(-1, 3)
     diameters = np.array([models[i].diameter for i in labels], np.float32)
     rotation, centre, log_sigma = rows[:, 6:15].reshape(-1, 3, 3), rows[:, 15:18], rows[:, 19:21]
+    scale = rows[:, 21:24].copy()
+    # The size of the stretched mesh: smope/geometry/stretch.py.
+    middle, diameters = middle * scale, diameters * np.cbrt(scale.prod(-1))
     T_CO = np.zeros((len(rows), 4, 4), np.float32)
     T_CO[:, :3, :3], T_CO[:, 3, 3] = rotation, 1.0
     T_CO[:, :3, 3] = centre - (rotation @ middle[..., None])[..., 0]
@@ -74,7 +79,7 @@ def read_table(
         "scores": rows[:, 0].copy(),
         "boxes_xyxy": rows[:, 2:6].copy(),
         "T_CO": T_CO,
-        "scale": np.ones((len(rows), 3), np.float32),
+        "scale": scale,
         "visibility": rows[:, 18].copy(),
         "sigma": sigma,
     }

@@ -103,3 +103,26 @@ def test_predict_on_the_command_line_gives_what_the_library_gives(
     torch.testing.assert_close(told.T_CO, expected.T_CO, rtol=0, atol=0)
     with Image.open(tmp_path / "poses" / "photo_poses.png") as drawn:
         assert drawn.size == SIZE
+
+
+def test_street(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The frame that the example brings along, with weights that predict sizes and know nothing."""
+    torch.manual_seed(0)
+    network = SmopeSConfig(
+        width=32, heads=4, encoder_layers=1, encoder_hidden=32, decoder_layers=1, decoder_hidden=32,
+        queries=12, mesh_tokens=4, surface_points=64, anchors=16, refine_layers=1, rebuilt_points=32,
+        denoising_groups=1, predict_scale=True,
+    )  # fmt: skip
+    made = SmopeS(network)
+    torch.nn.init.constant_(made.similarity.bias, 12.0)  # untrained scores would all be too low to show
+    car = ObjectModel.from_mesh("Car", trimesh.creation.box((1.9, 4.4, 1.5)), "m")
+    K = ((721.5, 0.0, 609.6), (0.0, 721.5, 172.9), (0.0, 0.0, 1.0))
+    config = ModelConfig("smope-s", network, ("Car",), (1242, 376), K, (4.0, 6.0))
+    SMOPE(made, config, {"Car": car}).save_pretrained(tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    run_example("street.py", [str(tmp_path / "weights")], monkeypatch)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("Car")
+    assert "m ahead" in line
+    with Image.open("street.png") as drawn:
+        assert drawn.size == (1242, 376)

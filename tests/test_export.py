@@ -70,6 +70,7 @@ def expected(model: SMOPE, batch: dict[str, NDArray[Any]], top_k: int) -> dict[s
         "T_CO": T_CO,
         "visibility": 1 / (1 + np.exp(-found.pairs.visibility_logit.detach().numpy())),
         "sigma": np.stack([np.degrees(errors[..., 0]), errors[..., 1] * diameters], -1),
+        "scale": np.ones((*labels.shape, 3), np.float32),  # these weights do not predict it
     }
 
 

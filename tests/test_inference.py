@@ -167,12 +167,12 @@ def test_graphs_are_made_once_a_shape_and_kept_to_a_bound(
             assert len(images) == len(K)
 
         def table(self, count: int) -> Tensor:
-            return torch.zeros(count, 4, 21)
+            return torch.zeros(count, 4, 24)
 
     monkeypatch.setattr(engine, "Program", Stand)
     monkeypatch.setattr(engine, "KEPT", 2)
     monkeypatch.setattr(engine, "LARGEST_BATCH", 4)
-    monkeypatch.setattr(engine, "find_table", lambda network, images, *rest: torch.ones(len(images), 4, 21))
+    monkeypatch.setattr(engine, "find_table", lambda network, images, *rest: torch.ones(len(images), 4, 24))
     run, tokens = model._engine, model._tokens
     assert tokens is not None
     run.fast = True

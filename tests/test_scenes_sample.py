@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import trimesh
 from scipy.spatial.transform import Rotation
 from scipy.stats import kstest
 
+from smope.data.corners import corner_box
 from smope.scenes import SceneConfig
 from smope.scenes.assets import SceneAssets, build_assets
 from smope.scenes.dress import draw_colour
@@ -230,3 +232,21 @@ def test_no_clutter_holds_the_lens_on_a_table(assets: SceneAssets) -> None:
                 assert np.linalg.norm(draw.T_CM[:, 3]) > radius + 0.1
                 balls += radius > 0.3
     assert balls > 40
+
+
+def test_boxes_enclose_the_silhouette_or_the_corners_as_asked(assets: SceneAssets) -> None:
+    ball = prepare_mesh("ball", trimesh.creation.icosphere(subdivisions=2, radius=0.04))
+    round_ones = replace(assets, targets=(ball,) * 4)
+    low, high = np.full(3, -0.04), np.full(3, 0.04)
+    for k in range(6):
+        kinds: list[Literal["silhouette", "corners"]] = ["silhouette", "corners"]
+        close, wide = (sampler(round_ones, SceneConfig(box=kind))((31, k)).fields for kind in kinds)
+        for slot in np.flatnonzero(wide["labels"] >= 0):
+            expected = corner_box(
+                wide["T_CO"][slot].astype(float), low, high, np.ones(3), wide["K"].astype(float)
+            )
+            np.testing.assert_allclose(wide["boxes"][slot], expected, atol=0.05)
+            near, far = close["boxes"][slot], wide["boxes"][slot]
+            assert (near[:2] >= far[:2] - 0.02).all()
+            assert (near[2:] <= far[2:] + 0.02).all()
+            assert np.prod(near[2:] - near[:2]) < 0.97 * np.prod(far[2:] - far[:2])

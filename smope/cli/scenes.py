@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import subcommand
 
 from smope.atomic import atomic_path
 from smope.cli import common
 from smope.cli.common import Units, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Preview:
     """Folder of photos, with environment maps in hdri/ if there are any."""
     assets: Path | None = None
     """What `smope scenes prepare` wrote, in place of meshes, clutter and backgrounds."""
+    recipe: Path | None = None
+    """Streets as this recipe's section [street] has them, in place of meshes, clutter and backgrounds."""
     count: int = 12
     """Scenes on the sheet."""
     seed: int = 0
@@ -41,25 +46,38 @@ class Preview:
         from smope.scenes.preview import preview_sheet
         from smope.scenes.stream import SceneStream
 
-        if (self.meshes is None) == (self.assets is None):
-            raise UsageError("pass --meshes with --units, or --assets")
-        if self.meshes is None:
-            assets = SceneAssets.load(str(self.assets))
-        else:
+        if self.recipe is None and (self.meshes is None) == (self.assets is None):
+            raise UsageError("pass --meshes with --units, --assets, or --recipe")
+        assets = None if self.assets is None else SceneAssets.load(str(self.assets))
+        batch_size = min(self.count, 4)
+        device = common.device_or_best(self.device)
+        if self.recipe is not None:
+            from smope.train.fit import objects_of, read_dataset
+            from smope.train.recipe import load_recipe
+            from smope.train.streets import street_assets, street_stream_of
+
+            plan = load_recipe(self.recipe)
+            if not plan.street:
+                raise UsageError(f"{self.recipe} has no section [street]")
+            objects = objects_of(None, None, None, plan.data)
+            records = read_dataset(plan.data, objects, sized=True) or []
+            assets = assets or street_assets(objects, plan.data)
+            with street_stream_of(
+                plan, plan.data, records, assets, self.seed, batch_size, device=device
+            ) as streets:
+                self._write(preview_sheet(streets, self.count, columns=1))
+            return
+        if assets is None:
+            assert self.meshes is not None
             assets = build_assets(
                 common.load_objects(self.meshes, self.units),
                 common.clutter_files(self.clutter),
                 self.backgrounds,
             )
-        batch_size = min(self.count, 4)
-        with SceneStream(
-            (),
-            assets=assets,
-            seed=self.seed,
-            device=common.device_or_best(self.device),
-            batch_size=batch_size,
-        ) as stream:
-            sheet = preview_sheet(stream, self.count, columns=min(self.count, 3))
+        with SceneStream((), assets=assets, seed=self.seed, device=device, batch_size=batch_size) as stream:
+            self._write(preview_sheet(stream, self.count, columns=min(self.count, 3)))
+
+    def _write(self, sheet: Image) -> None:
         with atomic_path(self.out) as temporary:
             sheet.save(temporary)
         print(f"{self.count} scenes drawn to {self.out}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+UNKNOWN = 255  # in Batch.instance: nobody said what this pixel shows
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +25,13 @@ class Batch:
     T_CO: Tensor  # [B, N, 4, 4] float32, metres
     boxes_xyxy: Tensor  # [B, N, 4] float32, pixels: extent of the whole silhouette, not clipped to the image
     visibility: Tensor  # [B, N] float32, visible share of the silhouette, `visib_fract` of BOP
-    instance: Tensor | None = None  # [B, H, W] uint8: slot + 1 of the visible object, 0 elsewhere
+    instance: Tensor | None = None  # [B, H, W] uint8: slot + 1 of the visible object, 0 elsewhere, UNKNOWN
     depth: Tensor | None = None  # [B, H, W] float32 metres, 0 where nothing was drawn
     full_masks: Tensor | None = None  # [B, N, 64, 64] bool: the whole silhouette, resampled into its box
+    scale: Tensor | None = None  # [B, N, 3] float32, of the meshes along their own axes; None: all are 1
+    # [B, I, 4] float32 xyxy pixels: areas where nothing found is wrong, since nobody said what is there; an
+    # empty area is none
+    ignored: Tensor | None = None
 
     def __post_init__(self) -> None:
         batch, _, height, width = self.images.shape
@@ -39,7 +46,10 @@ class Batch:
             "instance": (batch, height, width),
             "depth": (batch, height, width),
             "full_masks": (batch, slots, 64, 64),
+            "scale": (batch, slots, 3),
         }
+        if self.ignored is not None:
+            expected["ignored"] = (batch, self.ignored.shape[1], 4)
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
@@ -61,6 +71,37 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the images."""
+        cut = {f.name: tensor[rows] for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
+        return replace(self, **cut)
+
+    def filled(self, slots: int, areas: int) -> Batch:
+        """With `slots` object slots, scales, and `areas` ignored areas."""
+        more, batch = slots - self.labels.shape[1], len(self)
+        ignored = self.ignored if self.ignored is not None else self.boxes_xyxy.new_zeros(batch, 0, 4)
+        scale = self.scale if self.scale is not None else torch.ones_like(self.T_CO[..., :3, 3])
+        masks = self.full_masks
+        return replace(
+            self,
+            labels=F.pad(self.labels, (0, more), value=-1),
+            T_CO=F.pad(self.T_CO, (0, 0, 0, 0, 0, more)),
+            boxes_xyxy=F.pad(self.boxes_xyxy, (0, 0, 0, more)),
+            visibility=F.pad(self.visibility, (0, more)),
+            scale=F.pad(scale, (0, 0, 0, more), value=1.0),
+            ignored=F.pad(ignored, (0, 0, 0, areas - ignored.shape[1])),
+            full_masks=None if masks is None else F.pad(masks, (0, 0, 0, 0, 0, more)),
+        )
+
+    def with_surfaces(self) -> Batch:
+        """With `instance` and `depth`, which say of every pixel that nobody knows, where there are none."""
+        shape = (len(self), *self.images.shape[-2:])
+        instance, depth = self.instance, self.depth
+        if instance is None or depth is None:
+            instance = torch.full(shape, UNKNOWN, dtype=torch.uint8, device=self.images.device)
+            depth = torch.zeros(shape, device=self.images.device)
+        return replace(self, instance=instance, depth=depth)
+
     def surface_at_stride(self, stride: int, centres: Tensor, diameters: Tensor) -> tuple[Tensor, Tensor]:
         """What the middle pixel of each cell of `stride` pixels sees.
 
@@ -80,12 +121,16 @@ class Batch:
         points = (pixels @ inverse.transpose(-1, -2)) * depth.flatten(1)[..., None]  # [B, hw, 3] metres
 
         slot = (instance.flatten(1) - 1).clamp(min=0)
+        slot = torch.where(instance.flatten(1) == UNKNOWN, 0, slot)
         rows = torch.arange(batch, device=slot.device)[:, None]
         pose, label = self.T_CO[rows, slot], self.labels[rows, slot]  # [B, hw, 4, 4], [B, hw]
-        seen = (instance.flatten(1) > 0) & (label >= 0)
+        seen = (instance.flatten(1) > 0) & (instance.flatten(1) != UNKNOWN) & (label >= 0)
         label = label.clamp(min=0)
         local = points - pose[..., :3, 3]
-        local = (local[..., None, :] @ pose[..., :3, :3])[..., 0, :] - centres[label]
+        local = (local[..., None, :] @ pose[..., :3, :3])[..., 0, :]
+        if self.scale is not None:
+            local = local / self.scale[rows, slot]
+        local = local - centres[label]
         local = torch.where(seen[..., None], local / diameters[label][..., None], 0.0)
         return local.mT.unflatten(-1, (height, width)), label.masked_fill(~seen, -1).unflatten(
             -1, (height, width)

@@ -54,7 +54,7 @@ class KittiDataset:
     `extents` are each class mesh's size along x, y, z in metres: `Annotation.scale` then says how the mesh
     is to be stretched to a label's box. A class without a mesh is an error. By default objects are chosen
     and named as in KITTI-3D (`importer_name`); with `everything` all but DontCare are kept under their own
-    names.
+    names. The boxes of what is left out are the record's ignored areas.
     """
 
     def __init__(
@@ -108,11 +108,18 @@ class KittiDataset:
             K=P2[:, :3],
             annotations=tuple(annotations),
             image_id=int(name) if name.isdigit() else number,
+            ignored=tuple(label.bbox for _, label in labels if self._name(label) is None),
         )
 
+    def _name(self, label: KittiLabel) -> str | None:
+        """What the object is called, None where it is left out, and its area ignored."""
+        if self.everything:
+            return None if label.type == "DontCare" else label.type
+        return importer_name(label)
+
     def _annotation(self, label: KittiLabel, P2: FloatArray, file: Path, line: int) -> Iterator[Annotation]:
-        name = label.type if self.everything else importer_name(label)
-        if name is None or name == "DontCare":
+        name = self._name(label)
+        if name is None:
             return
         height, width, length = label.dimensions
         scale = np.ones(3)

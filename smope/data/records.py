@@ -52,6 +52,7 @@ class Record:
     depth_scale: float = 1.0  # millimetres a stored unit
     scene_id: int = 0
     image_id: int = 0
+    ignored: tuple[tuple[float, float, float, float], ...] = ()  # xyxy: areas that hold what nobody annotated
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -118,11 +119,13 @@ def to_batch(
     T_CO = torch.eye(4).repeat(count, slots, 1, 1)
     boxes = torch.zeros(count, slots, 4)
     visibility = torch.zeros(count, slots)
+    scale = torch.ones(count, slots, 3)
     for b, objects in enumerate(kept):
         for n, annotation in enumerate(objects):
             labels[b, n] = index[annotation.name]
             T_CO[b, n] = torch.from_numpy(annotation.T_CO)
             visibility[b, n] = annotation.visibility
+            scale[b, n] = torch.from_numpy(annotation.scale)
             if annotation.box_xyxy is not None:
                 boxes[b, n] = torch.from_numpy(annotation.box_xyxy)
 
@@ -152,7 +155,20 @@ def to_batch(
         instance=instance,
         depth=depth,
         full_masks=full_masks,
+        scale=scale,
+        ignored=_stacked_areas(records),
     )
+
+
+def _stacked_areas(records: Sequence[Record]) -> torch.Tensor | None:
+    """[B, I, 4] the ignored areas of records, filled up with empty ones; None where there are none."""
+    most = max(len(record.ignored) for record in records)
+    areas = torch.zeros(len(records), most, 4)
+    for b, record in enumerate(records):
+        areas[b, : len(record.ignored)] = torch.from_numpy(
+            np.asarray(record.ignored, np.float32).reshape(-1, 4)
+        )
+    return areas if most else None
 
 
 def _filled(plane: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

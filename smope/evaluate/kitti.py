@@ -54,7 +54,7 @@ class Frame:
 
 
 @dataclass(frozen=True, eq=False)
-class _Prepared:
+class Prepared:
     """One image for one class, metric and difficulty."""
 
     overlaps: FloatArray  # [G, P]
@@ -80,11 +80,19 @@ def kitti_scores(frames: Sequence[Frame], classes: Sequence[str]) -> dict[str, d
 
 
 def average_precision(
-    frames: Sequence[Frame], name: str, metric: Metric, difficulty: Difficulty
+    frames: Sequence[Frame],
+    name: str,
+    metric: Metric,
+    difficulty: Difficulty,
+    minimum: float | None = None,
 ) -> tuple[float, float]:
-    """(AP, average orientation similarity) of one class."""
-    minimum = MIN_OVERLAP[name]
-    prepared = [_prepare(frame, name, metric, difficulty, minimum) for frame in frames]
+    """(AP, average orientation similarity) of one class, by its own overlap or by `minimum`."""
+    minimum = MIN_OVERLAP[name] if minimum is None else minimum
+    return precision_of([prepare(frame, name, metric, difficulty, minimum) for frame in frames], minimum)
+
+
+def precision_of(prepared: Sequence[Prepared], minimum: float) -> tuple[float, float]:
+    """`average_precision` of frames that are prepared once and counted often, as for resampling."""
     total = sum(int(p.counts.sum()) for p in prepared)
     if total == 0:
         return float("nan"), float("nan")
@@ -98,6 +106,40 @@ def average_precision(
             similarity[positions] = alike / (hits + wrong)
     ap, aos = (float(np.maximum.accumulate(v[::-1]).mean()) for v in (precision, similarity))
     return ap, aos
+
+
+class Resampled:
+    """`precision_of` for many draws of the same frames: each is counted once at every score that matters."""
+
+    def __init__(self, prepared: Sequence[Prepared], minimum: float) -> None:
+        hits = [_hit_scores(p, minimum) for p in prepared]
+        scores = sorted({score for group in hits for score in group}, reverse=True)
+        place = {score: k for k, score in enumerate(scores)}
+        self.objects = np.array([p.counts.sum() for p in prepared], np.float64)  # [F]
+        self.hits = np.zeros((len(prepared), len(scores)))  # [F, S] hits that have the score
+        for row, group in zip(self.hits, hits, strict=True):
+            for score in group:
+                row[place[score]] += 1
+        counted = [[_count(p, minimum, score) for score in scores] for p in prepared]
+        self.counted = np.array(counted, np.float64).reshape(len(prepared), len(scores), 3)
+
+    def precision(self, times: FloatArray) -> tuple[float, float]:
+        """(AP, average orientation similarity) where each frame is there so many `times` [F]."""
+        total = float(times @ self.objects)
+        if total == 0:
+            return float("nan"), float("nan")
+        reached = np.cumsum(times @ self.hits)
+        hits, wrong, alike = np.tensordot(times, self.counted, 1).T if len(reached) else np.zeros((3, 0))
+        precision, similarity = np.zeros((2, _POSITIONS))
+        for position in range(_POSITIONS):
+            needed = np.ceil((position + 1) * total / _POSITIONS - 1e-9)
+            if len(reached) and reached[-1] >= needed:
+                k = int(np.argmax(reached >= needed))
+                if hits[k] + wrong[k] > 0:
+                    precision[position] = hits[k] / (hits[k] + wrong[k])
+                    similarity[position] = alike[k] / (hits[k] + wrong[k])
+        ap, aos = (float(np.maximum.accumulate(v[::-1]).mean()) for v in (precision, similarity))
+        return ap, aos
 
 
 def bev_and_3d_overlaps(a: Sequence[KittiLabel], b: Sequence[KittiLabel]) -> tuple[FloatArray, FloatArray]:
@@ -158,7 +200,7 @@ def polygon_area(polygon: FloatArray) -> float:
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 
 
-def _prepare(frame: Frame, name: str, metric: Metric, difficulty: Difficulty, minimum: float) -> _Prepared:
+def prepare(frame: Frame, name: str, metric: Metric, difficulty: Difficulty, minimum: float) -> Prepared:
     truth = [t for t in frame.truth if t.type in (name, _ALIKE.get(name))]
     # Found boxes too low for the difficulty are ignored whatever their class, like the objects they may show.
     small_all = [int(abs(f.bbox[3] - f.bbox[1])) < difficulty.height for f in frame.found]
@@ -183,7 +225,7 @@ def _prepare(frame: Frame, name: str, metric: Metric, difficulty: Difficulty, mi
         for t in truth
     ]
     alpha_t, alpha_f = (np.array([x.alpha for x in labels], np.float64) for labels in (truth, found))
-    return _Prepared(
+    return Prepared(
         overlaps=overlaps,
         dont_care=np.asarray(dont_care, bool),
         counts=np.array(counts, bool),
@@ -193,7 +235,7 @@ def _prepare(frame: Frame, name: str, metric: Metric, difficulty: Difficulty, mi
     )
 
 
-def _hit_scores(p: _Prepared, minimum: float) -> list[float]:
+def _hit_scores(p: Prepared, minimum: float) -> list[float]:
     """Scores of the hits where every box found is taken: each object with the best scored box over it."""
     free = np.ones(len(p.scores), bool)
     scores = []
@@ -218,7 +260,7 @@ def _score_thresholds(scores: Sequence[float], total: int) -> dict[float, list[i
     return thresholds
 
 
-def _count(p: _Prepared, minimum: float, threshold: float) -> tuple[float, float, float]:
+def _count(p: Prepared, minimum: float, threshold: float) -> tuple[float, float, float]:
     """(hits, false ones, sum of the hits' orientation similarity) of the boxes at or above a score."""
     free = p.scores >= threshold
     hits = alike = 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,17 @@ from smope.data.kitti import (
     CLASS_IDS,
     KittiDataset,
     KittiLabel,
-    label_of_pose,
     read_labels,
-    type_of,
     write_labels,
 )
-from smope.data.records import Record, from_poses
+from smope.data.records import Record
 from smope.evaluate import report
 from smope.evaluate.bop import Pairing, pair_targets
 from smope.evaluate.kitti import Frame, kitti_scores
 from smope.evaluate.rows import box_scores, median, score_row
 from smope.evaluate.sets import PoseSet, load_pose_set
+from smope.evaluate.street import StreetFrame, confusion, street_scores
+from smope.evaluate.street_sources import labels_found
 
 if TYPE_CHECKING:
     from smope.model import SMOPE
@@ -36,6 +35,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = ("bop", "linemod", "labelimg3d", "kitti")
+
+# What the table shows of KITTI's scores; scores.json has all.
+KITTI_COLUMNS = (
+    *(f"AP_{metric}_{name}" for metric in ("2d", "bev", "3d") for name in ("easy", "moderate", "hard")),
+    *(f"AOS_{name}" for name in ("easy", "moderate", "hard")),
+    *("AP_2d_50_moderate", "AOS_50_moderate", "AP_bev_50_moderate", "AP_3d_50_moderate"),
+    *("recall", "depth_error", "yaw_error_deg", "corner_iou"),
+)
 
 # Recall is measured, so all that the network can offer is asked for.
 _THRESHOLD = 0.0
@@ -86,7 +93,10 @@ def evaluate_dataset(
     }
     if folder is not None:
         report.write_scores(folder / "scores.json", scores)
-    rows = {**scores["objects"], **({"all": scores["all"]} if "all" in scores else {})}
+    rows = {
+        name: {**row, **scores.get("streets", {}).get(name, {})} for name, row in scores["objects"].items()
+    }
+    rows |= {"all": scores["all"]} if "all" in scores else {}
     return {**report.plain(scores), "table": report.format_table(rows, columns)}
 
 
@@ -137,7 +147,7 @@ def _kitti(
     if model is not None:
         for record, poses, taken in predictions(model, [dataset.records[name] for name in names], batch):
             seconds.append(taken)
-            found[record.key] = _kitti_labels(poses, record, dataset)
+            found[record.key] = labels_found(poses, dataset.P2[record.key], record.size)
             if out is not None:
                 write_labels(out / "data" / f"{record.key}.txt", found[record.key])
     else:
@@ -147,17 +157,15 @@ def _kitti(
     present = {label.type for frame in frames for label in frame.truth}
     classes = sorted(name for name in (*CLASS_IDS, "Cyclist") if name in present)
     table = kitti_scores(frames, classes)
-    scored = {"images": len(names), "seconds_an_image_median": median(seconds), "objects": table}
-    return scored, {key: (key.removeprefix("AP_"), "{:.4f}") for row in table.values() for key in row}
-
-
-def _kitti_labels(poses: Poses, record: Record, dataset: KittiDataset) -> list[KittiLabel]:
-    labels = []
-    for annotation in from_poses(poses):
-        extents = poses.objects[annotation.name].extents.tolist()
-        named = replace(annotation, name=type_of(annotation.name))
-        labels.append(label_of_pose(named, extents, dataset.P2[record.key], record.size))
-    return labels
+    streets = [StreetFrame(name, f, dataset.P2[name]) for name, f in zip(names, frames, strict=True)]
+    scored = {
+        "images": len(names),
+        "seconds_an_image_median": median(seconds),
+        "objects": table,
+        "streets": street_scores(streets, classes),
+        "confusion": confusion(streets, list(CLASS_IDS)),
+    }
+    return scored, {key: (key.removeprefix("AP_"), "{:.4f}") for key in KITTI_COLUMNS}
 
 
 def predict_estimates(model: SMOPE, pose_set: PoseSet, batch: int = 1) -> list[Estimate]:

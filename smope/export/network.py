@@ -7,6 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
+from smope.geometry.stretch import size_factor
 from smope.model import SMOPE
 from smope.network_inputs import pad_to_multiple
 from smope.networks.mesh_encoder import MeshTokens
@@ -14,7 +15,7 @@ from smope.networks.pose_head import unit_to_pixels
 from smope.networks.smope_s import SmopeS
 
 MESH_INPUTS = (*(field.name for field in fields(MeshTokens)), "centres")
-OUTPUTS = ("scores", "labels", "boxes", "T_CO", "visibility", "sigma")
+OUTPUTS = ("scores", "labels", "boxes", "T_CO", "visibility", "sigma", "scale")
 
 
 class ExportError(ValueError):
@@ -37,7 +38,7 @@ class PlainNetwork(nn.Module):
 
         scores [B, P] best first, labels [B, P] index of the mesh, boxes [B, P, 4] xyxy pixels, T_CO
         [B, P, 4, 4] mesh to camera in metres, visibility [B, P], sigma [B, P, 2] expected error in degrees
-        and metres.
+        and metres, scale [B, P, 3] of the mesh, 1 where the weights do not predict it.
         """
         tokens, centres = MeshTokens(*meshes[:-1]), meshes[-1]
         padded = pad_to_multiple(images.permute(0, 3, 1, 2).float() / 255.0)
@@ -47,15 +48,16 @@ class PlainNetwork(nn.Module):
         corners = [unit_to_pixels(corner, frame) for corner in (middle - size / 2, middle + size / 2)]
 
         pose = found.pairs.poses[-1]
-        origin = pose.translation - (pose.rotation @ centres[found.labels][..., None])[..., 0]
+        scale = torch.ones_like(pose.translation) if pose.scale is None else pose.scale
+        centre = centres[found.labels] * scale
+        origin = pose.translation - (pose.rotation @ centre[..., None])[..., 0]
         last = torch.eye(4, device=K.device)[3].expand(*origin.shape[:2], 1, 4)
         T_CO = torch.cat([torch.cat([pose.rotation, origin[..., None]], -1), last], -2)
         expected = found.pairs.log_sigma.clamp(-6, 3).exp()
-        sigma = torch.stack(
-            [torch.rad2deg(expected[..., 0]), expected[..., 1] * tokens.diameters[found.labels]], -1
-        )
+        sizes = tokens.diameters[found.labels] * size_factor(scale)
+        sigma = torch.stack([torch.rad2deg(expected[..., 0]), expected[..., 1] * sizes], -1)
         visibility = found.pairs.visibility_logit.sigmoid()
-        return found.scores, found.labels, torch.cat(corners, -1), T_CO, visibility, sigma
+        return found.scores, found.labels, torch.cat(corners, -1), T_CO, visibility, sigma, scale
 
 
 def mesh_tensors(model: SMOPE) -> dict[str, Tensor]:

@@ -29,6 +29,14 @@ def paired_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return common / union.clamp(min=1e-9), union
 
 
+def share_inside(boxes: Tensor, areas: Tensor) -> Tensor:
+    """[..., 4] xyxy each, broadcast -> how much of each box lies within the area, 0..1"""
+    low = torch.maximum(boxes[..., :2], areas[..., :2])
+    high = torch.minimum(boxes[..., 2:], areas[..., 2:])
+    common = (high - low).clamp(min=0).prod(-1)
+    return common / (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1).clamp(min=1e-9)
+
+
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU (Rezatofighi et al. 2019) of [..., 4] xyxy boxes, broadcast."""
     iou, union = paired_iou(a, b)

@@ -157,7 +157,7 @@ class Engine:
 
     def __call__(self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
         """images B x [3, H, W] on the device, uint8 or 0..1, K [B, 3, 3] pixels on the CPU -> table
-        [B, P, 21] on the CPU"""
+        [B, P, 24] on the CPU"""
         if not self.fast or self._refused:
             return self._eager(images, K, tokens, top_k)
         with self._lock:

@@ -51,15 +51,24 @@ class PoseEstimate:
     )
     offset_weights: Tensor | None = None  # [B, P, A] 0..1
     anchors_uv: Tensor | None = None  # [B, P, A, 2] where the anchors stood, pixels
+    scale: Tensor | None = None  # [B, P, 3] along the mesh's own axes; None where it is not predicted
 
     def rows(self, rows: slice, first: int) -> PoseEstimate:
         """Of those images the first pairs"""
         return PoseEstimate(
-            self.rotation[rows, :first], self.translation[rows, :first], self.centre[rows, :first]
+            self.rotation[rows, :first],
+            self.translation[rows, :first],
+            self.centre[rows, :first],
+            scale=None if self.scale is None else self.scale[rows, :first],
         )
 
     def detach(self) -> PoseEstimate:
-        return PoseEstimate(self.rotation.detach(), self.translation.detach(), self.centre.detach())
+        return PoseEstimate(
+            self.rotation.detach(),
+            self.translation.detach(),
+            self.centre.detach(),
+            scale=None if self.scale is None else self.scale.detach(),
+        )
 
 
 @dataclass(frozen=True, eq=False)

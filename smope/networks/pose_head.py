@@ -2,21 +2,26 @@
 
 The rotation is allocentric (as seen along the ray to the object), in the 6-value form of Zhou et al. 2019.
 Depth is predicted as a factor on focal length x diameter / box size, so that another lens or another size
-of the same object gives the right depth without having been seen.
+of the same object gives the right depth without having been seen. Where the size itself is to be predicted,
+as of cars, it is three factors on the registered mesh; their size takes the diameter's place in the depth.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from smope.geometry.rotations import egocentric_from_allocentric, rot6d_to_matrix
 from smope.geometry.solve import invert_intrinsics
-from smope.networks.deformable import MLP
+from smope.geometry.stretch import size_factor
+from smope.networks.deformable import MLP, zero_last
 from smope.networks.outputs import PairOutputs, PoseEstimate
 from smope.networks.precision import without_autocast
 
 ImageSize = tuple[int, int]  # (width, height) in pixels
+_MOST_STRETCH = 2.3  # in the logarithm: a tenth to ten times the registered mesh
 
 
 def unit_to_pixels(points: Tensor, size: ImageSize) -> Tensor:
@@ -35,13 +40,14 @@ def focal_length(K: Tensor) -> Tensor:
 
 
 class PoseHead(nn.Module):
-    def __init__(self, width: int = 256) -> None:
+    def __init__(self, width: int = 256, predict_scale: bool = False) -> None:
         super().__init__()
         self.rotation = MLP(width, width, 6, 3)
         self.centre = MLP(width, width, 2, 3)
         self.depth = MLP(width, width, 1, 3)
         self.visibility = MLP(width, width // 2, 1, 2)
         self.log_sigma = MLP(width, width // 2, 2, 2)
+        self.log_scale = zero_last(MLP(width, width, 3, 3)) if predict_scale else None
 
     def forward(
         self, features: Tensor, boxes: Tensor, diameters: Tensor, K: Tensor, size: ImageSize
@@ -52,11 +58,29 @@ class PoseHead(nn.Module):
         log_factor = self.depth(features)[..., 0]
         visibility = self.visibility(features)[..., 0]
         log_sigma = self.log_sigma(features)
+        scale = self.scale(features)
         with without_autocast(features):
+            if scale is not None:
+                diameters = diameters * size_factor(scale)
             pose = pose_from_values(
                 rotation6.float(), shift.float(), log_factor.float(), boxes, diameters, K, size
             )
+            pose = replace(pose, scale=scale)
         return PairOutputs((pose,), visibility, log_sigma)
+
+    def scale(self, features: Tensor) -> Tensor | None:
+        """[B, P, C] -> [B, P, 3] factors on the registered mesh; None where they are not predicted"""
+        if self.log_scale is None:
+            return None
+        return self.log_scale(features).float().clamp(-_MOST_STRETCH, _MOST_STRETCH).exp()
+
+
+def resized(pose: PoseEstimate, scale: Tensor) -> PoseEstimate:
+    """The pose at which a mesh stretched by `scale` [B, P, 3] in place of the pose's own looks as large: the
+    depth goes with the size."""
+    assert pose.scale is not None
+    ratio = size_factor(scale) / size_factor(pose.scale)
+    return replace(pose, translation=pose.translation * ratio[..., None], scale=scale)
 
 
 def pose_from_values(

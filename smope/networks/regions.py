@@ -9,10 +9,13 @@ trust from the pose that comes out (as the weights of Chen et al. 2022, EPro-PnP
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smope.geometry.stretch import size_factor, stretched_points
 from smope.networks.deformable import MLP, NarrowLayerNorm, zero_last
 from smope.networks.gauss_newton import fit_pose, prior_of
 from smope.networks.outputs import PoseEstimate, Regions
@@ -92,7 +95,11 @@ class RegionReader(nn.Module):
         prior = prior_of(self.prior(pairs).float())
         with without_autocast(pairs):
             places, cells = surface[..., :3], pixels.flatten(2, 3)
+            if direct.scale is not None:
+                scale = direct.scale.detach()
+                places, diameters = stretched_points(places, scale), diameters * size_factor(scale)
             pose = fit_pose(direct, places, cells, weights, *prior, diameters, K, self.steps)
+            pose = replace(pose, scale=direct.scale)
         return pose, pairs, Regions(pixels, surface.unflatten(2, (n, n)))
 
 

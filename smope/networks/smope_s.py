@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from smope.geometry.stretch import size_factor, stretched_anchors
 from smope.networks.attention3d import MeshAttention, MeshSimilarity
 from smope.networks.backbone import build_backbone
 from smope.networks.deformable import (
@@ -31,7 +32,7 @@ from smope.networks.outputs import (
     take,
     take_layers,
 )
-from smope.networks.pose_head import ImageSize, PoseHead
+from smope.networks.pose_head import ImageSize, PoseHead, resized
 from smope.networks.position import Shapes, cell_centres, pyramid_positions, sine_embedding
 from smope.networks.refine import PoseMaps, PoseRefiner
 from smope.networks.regions import RegionReader
@@ -55,6 +56,7 @@ class SmopeSConfig:
     refine_layers: int = 2
     rebuilt_points: int = 512
     denoising_groups: int = 3
+    predict_scale: bool = False  # also three factors on the registered mesh, where instances differ in size
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,7 @@ class SmopeS(nn.Module):
         self.mesh_decoder = MeshDecoder(c.width, c.rebuilt_points)
         self.similarity = MeshSimilarity(c.width)
         self.mesh_attention = MeshAttention(c.width, c.heads)
-        self.pose_head = PoseHead(c.width)
+        self.pose_head = PoseHead(c.width, c.predict_scale)
         self.pose_maps = PoseMaps(c.width, channels[0])
         self.region_reader = RegionReader(c.width, self.pose_maps.channels, c.region_cells)
         self.refiners = nn.ModuleList(
@@ -264,9 +266,14 @@ class SmopeS(nn.Module):
         looked, pairs, regions = self.region_reader(direct.poses[0], pairs, boxes, maps, diameters, K, size)
         visibility = self.pose_head.visibility(pairs)[..., 0]
         poses = [direct.poses[0], looked]
+        start, scale = looked.detach(), self.pose_head.scale(pairs)
+        if scale is not None:  # from here on the mesh is stretched as the region says
+            start, fixed = resized(start, scale.detach()), scale.detach()
+            anchors, diameters = stretched_anchors(anchors, fixed), diameters * size_factor(fixed)
         for refiner in self.refiners:
-            pose, pairs = refiner(poses[-1].detach(), pairs, maps, anchors, diameters, K, size)
-            poses.append(pose)
+            pose, pairs = refiner(start, pairs, maps, anchors, diameters, K, size)
+            poses.append(replace(pose, scale=scale))
+            start = pose.detach()
         return PairOutputs(tuple(poses), visibility, self.pose_head.log_sigma(pairs)), regions
 
     def _cell_boxes(self, shapes: Shapes, index: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ class Composed:
     radiance: Tensor  # [B, 3, H, W] linear
     depth: Tensor  # [B, H, W] metres, 0 where there is neither object nor plane
     material: Tensor  # [B, H, W] uint8, 0 for nothing
+    kind: Tensor  # [B, H, W] uint8: BACKGROUND, OBJECT, LAYER + k
+    moments: Tensor  # [B, MAPS, 2, S, S] of the light views
 
 
 def compose(
@@ -87,21 +89,23 @@ def compose(
     """Light a batch of G-buffers (rasterise.GBuffer with a batch dimension; `scene` from layout.unpack)."""
     # Four bytes a pixel, read at once: red, green, blue and the material; the normal.
     packed, bent = (buffer.contiguous().view(torch.int32)[..., 0] for buffer in (albedo, normal))
-    depth, kind, material = find_surface(packed, depth, scene, config.plane_material)
+    depth, kind, material = find_surface(packed, depth, scene, config.plane_material, config.plane_far)
+    moments = shadow_moments(light, scene)
     radiance = paint(
         packed,
         bent,
         depth,
         kind,
         material,
-        surroundings(depth),
-        shadow_moments(light, scene),
+        surroundings(depth, config.deep),
+        moments,
         scene,
         kinds(scene),
         (bank.pictures, bank.small),
         (bank.environments.irradiance, bank.environments.reflection),
+        config.deep,
     )
-    return Composed(radiance, depth, material)
+    return Composed(radiance, depth, material, kind, moments)
 
 
 def pixel_rays(K: Tensor, height: int, width: int) -> Planes:
@@ -126,7 +130,7 @@ def channels(packed: Tensor) -> Planes:
 
 @fused
 def find_surface(
-    albedo: Tensor, depth: Tensor, scene: dict[str, Tensor], plane_material: int
+    albedo: Tensor, depth: Tensor, scene: dict[str, Tensor], plane_material: int, plane_far: float = 12.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each pixel of a packed albedo [B, H, W] the depth, 0 where nothing is; the kind; the material id."""
     rays = pixel_rays(scene["K"], *depth.shape[1:])
@@ -134,8 +138,8 @@ def find_surface(
     slope = dot(spread_out(scene["plane"]), rays)
     steep = torch.where(slope.abs() < 1e-5, -1e-5, slope)
     plane_depth = scene["plane"][:, 3, None, None] / steep
-    hit = (scene["table"][:, None, None] > 0) & (plane_depth > 0.05) & (plane_depth < 12.0)
-    plane_depth = torch.where(hit, plane_depth, 12.0)
+    hit = (scene["table"][:, None, None] == 1) & (plane_depth > 0.05) & (plane_depth < plane_far)
+    plane_depth = torch.where(hit, plane_depth, plane_far)
     in_front = hit & ((drawn == 0) | (plane_depth < depth))
     place = plane_place(rays, plane_depth, scene)
     kind = (drawn > 0).to(torch.uint8)
@@ -184,6 +188,7 @@ def paint(
     table: Tensor,
     textures: tuple[Tensor, Tensor],
     environments: tuple[Tensor, Tensor],
+    deep: float = 4.0,
 ) -> Tensor:
     """Radiance [B, 3, H, W] of what `find_surface` found: one texture and one environment look-up a pixel."""
     batch, height, width = depth.shape
@@ -225,7 +230,7 @@ def paint(
     irradiance, reflection = environments
     mirrored = mirror(facing, view, torch.where(nothing, 0.0, roughness), reflection, scene)
     # Where nothing is, the light views are asked about a far point, whose answer is not used.
-    far = torch.where(nothing, 4.0, depth)
+    far = torch.where(nothing, deep, depth)
     lit = shadows(moments, (rays[0] * far, rays[1] * far, far), scene)
     radiance = shade(
         (
@@ -240,7 +245,7 @@ def paint(
         mirrored,
         scene,
         lit[0],
-        lit[1] * screen_occlusion(depth, around, scene),
+        lit[1] * screen_occlusion(depth, around, scene, deep),
     )
     surround = scene["background"][:, 3, None, None] > 0
     behind = [torch.where(surround, mirrored[c] * gains[c], colours[c]) for c in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 Range = tuple[float, float]
 
@@ -25,6 +26,8 @@ class SceneConfig:
     near: float = 0.08  # clipping planes, metres
     far: float = 12.0
 
+    # What the boxes of instances enclose: the silhouette, or the projected corners of the mesh's box.
+    box: Literal["silhouette", "corners"] = "silhouette"
     max_targets: int = 8  # object slots of an image (N)
     targets: tuple[int, int] = (1, 8)  # targets placed in an image, inclusive
     full_set_probability: float = 0.35  # share of images with as many targets as fit, as in crowded photos
@@ -59,6 +62,8 @@ class SceneConfig:
     min_visibility: float = 0.02  # slots below are left empty
 
     shadow_size: int = 256  # texels of a light-view depth map
+    plane_far: float = 12.0  # metres: no plane is seen beyond
+    deep: float = 4.0  # metres: where ambient occlusion ends
     layers: int = 7  # texture layers on the plane: table, board, sheets
     materials: int = 40  # ids an image can hold, 0 (nothing) and the plane included
     lights: int = 3
@@ -90,6 +95,10 @@ class SceneConfig:
             )
         if self.materials > 255:
             raise ValueError(f"SceneConfig.materials = {self.materials}: ids travel in 8 bits, 255 at most")
+
+    def extra_fields(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what kinds of scenes that build on this one send along besides."""
+        return {}
 
     @property
     def plane_material(self) -> int:

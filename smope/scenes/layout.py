@@ -22,7 +22,7 @@ def scene_fields(config: SceneConfig) -> dict[str, tuple[int, ...]]:
         "labels": (n,),  # -1 for an empty slot
         "T_CO": (n, 4, 4),  # own frame to camera, metres
         "boxes": (n, 4),  # xyxy of the projected hull, pixels
-        "table": (),  # 1 where there is a plane
+        "table": (),  # 1 where there is a plane, 2 where only shadows fall on one
         "plane": (4,),  # n . x = d in C, n towards the upper side
         "P_C": (2, 4),  # point in C to the plane's own x, y, metres
         "layer_texture": (layers,),  # index into the texture bank
@@ -41,6 +41,7 @@ def scene_fields(config: SceneConfig) -> dict[str, tuple[int, ...]]:
         "light_strength": (MAPS,),  # 1: full shadow
         "occlusion": (2,),  # screen-space ambient occlusion: strength, reach in metres
         "materials": (config.materials, 3),  # roughness, metalness, specular level
+        **config.extra_fields(),
     }
 
 

@@ -243,6 +243,8 @@ def shadows(moments: Tensor, points: Planes, scene: dict[str, Tensor]) -> list[T
         variance = (square - mean * mean).clamp(min=2e-6)
         lit = torch.where(behind > 0, variance / (variance + behind * behind), 1.0)
         lit = ((lit - 0.25) / 0.75).clamp(0, 1)
+        # Of what lies beside its map a view knows nothing.
+        lit = torch.where((x.abs() < 1) & (y.abs() < 1), lit, 1.0)
         shares.append(1 - (1 - lit) * scene["light_strength"][:, k, None, None])
     return shares
 
@@ -266,22 +268,24 @@ def _fill_with_plane(depth: Tensor, scene: dict[str, Tensor]) -> Tensor:
     return torch.where(depth < 0.9999, depth, plane)
 
 
-def surroundings(depth: Tensor) -> list[Tensor]:
+def surroundings(depth: Tensor, most: float = 4.0) -> list[Tensor]:
     """Mean depths [B, 1, h, w] around each point at a quarter of the size, over two widths."""
-    small = F.avg_pool2d(_deep(depth)[:, None], 4)
+    small = F.avg_pool2d(_deep(depth, most)[:, None], 4)
     return [
         F.avg_pool2d(small, size, stride=1, padding=size // 2, count_include_pad=False) for size in (5, 15)
     ]
 
 
-def screen_occlusion(depth: Tensor, around: Sequence[Tensor], scene: dict[str, Tensor]) -> Tensor:
+def screen_occlusion(
+    depth: Tensor, around: Sequence[Tensor], scene: dict[str, Tensor], most: float = 4.0
+) -> Tensor:
     """[B, H, W] darkening of points that lie deeper than what is around them, 1 where open.
 
     The classic depth unsharp mask (Luft et al. 2006), limited to the reach so that far things cast none.
     depth [B, H, W] metres, 0 where there is nothing; around: its `surroundings`.
     """
     strength, reach = scene["occlusion"][:, :, None, None].unbind(dim=1)
-    deep, size = _deep(depth), depth.shape[-2:]
+    deep, size = _deep(depth, most), depth.shape[-2:]
     dark = torch.zeros_like(deep)
     for mean in around:
         gap = deep - F.interpolate(mean, size, mode="bilinear", align_corners=False)[:, 0]
@@ -289,5 +293,5 @@ def screen_occlusion(depth: Tensor, around: Sequence[Tensor], scene: dict[str, T
     return 1 - strength * dark
 
 
-def _deep(depth: Tensor) -> Tensor:
-    return torch.where(depth > 0, depth.clamp(max=4.0), 4.0)
+def _deep(depth: Tensor, most: float) -> Tensor:
+    return torch.where(depth > 0, depth.clamp(max=most), most)

@@ -44,6 +44,13 @@ class PreparedMesh:
         return np.ascontiguousarray(self.hull.T, dtype=np.float64)
 
     @cached_property
+    def box_rows(self) -> NDArray[np.float64]:
+        """[3, 8] the corners of the bounding box: x, y and z."""
+        low, high = self.hull.min(axis=0), self.hull.max(axis=0)
+        ends = np.stack([low, high], axis=1).astype(np.float64)
+        return np.stack(np.meshgrid(*ends, indexing="ij")).reshape(3, 8)
+
+    @cached_property
     def mean_color(self) -> NDArray[np.float64]:
         """[3] sRGB in 0..1, the mean over the surface."""
         corners = self.vertices[self.faces]

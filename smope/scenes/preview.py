@@ -40,13 +40,17 @@ def draw_item(batch: Batch, index: int, names: tuple[str, ...], labels: bool = T
         return picture
     pen = ImageDraw.Draw(picture)
     K = batch.K[index].double().cpu().numpy()
+    for x0, y0, x1, y1 in [] if batch.ignored is None else batch.ignored[index].tolist():
+        if x1 > x0 and y1 > y0:
+            pen.rectangle((x0, y0, x1, y1), outline=(150, 150, 150))
     for slot in torch.nonzero(batch.present[index]).flatten().tolist():
         x0, y0, x1, y1 = batch.boxes_xyxy[index, slot].tolist()
         pen.rectangle((x0, y0, x1, y1), outline=(255, 220, 0))
         name = names[int(batch.labels[index, slot])]
         pen.text((x0 + 2, y0 + 1), f"{name} {float(batch.visibility[index, slot]):.2f}", fill=(255, 255, 255))
         pose = batch.T_CO[index, slot].double().cpu().numpy()
-        ends = np.concatenate([np.zeros((1, 3)), 0.04 * np.eye(3)]) @ pose[:3, :3].T + pose[:3, 3]
+        length = max(0.04, 0.05 * pose[2, 3])
+        ends = np.concatenate([np.zeros((1, 3)), length * np.eye(3)]) @ pose[:3, :3].T + pose[:3, 3]
         projected = ends @ K.T
         uv = projected[:, :2] / projected[:, 2:]
         for axis, colour in enumerate(_AXES):

@@ -341,7 +341,8 @@ class SceneSampler:
             mesh = self.mesh(item.mesh)
             R, t = R_CW @ item.R, R_CW @ item.t + t_CW
             if item.target >= 0:
-                points = R @ mesh.hull_rows + t[:, None]
+                outline = mesh.hull_rows if c.box == "silhouette" else mesh.box_rows
+                points = R @ outline + t[:, None]
                 if slot == c.max_targets or points[2].min() < c.near:
                     continue  # the silhouette of something that reaches behind the lens has no box
                 pixels = (K @ points)[:2] / points[2]

@@ -23,7 +23,7 @@ from smope.scenes.layout import unpack
 from smope.scenes.raster_cuda import CudaRasteriser, kernel_or_none
 from smope.scenes.rasterise import Rasteriser
 from smope.scenes.sample import SceneSampler
-from smope.scenes.workers import RawBatch, WorkerPool, make_one
+from smope.scenes.workers import RawBatch, Sampler, WorkerPool, make_one
 
 if TYPE_CHECKING:
     from smope.objects import ObjectModel
@@ -66,15 +66,7 @@ class SceneStream:
         assets = assets or build_assets(objects, clutter, backgrounds)
         self.names = tuple(mesh.name for mesh in assets.targets)
         self.bank = TextureBank.build(assets, self.device)
-        self._sampler = SceneSampler(
-            assets.targets,
-            assets.clutter,
-            self.config,
-            len(assets.backgrounds),
-            SHEETS,
-            BOARDS,
-            len(assets.environments),
-        )
+        self._sampler = self._new_sampler(assets)
         self._workers, self._slots = workers, slots
         self._index = self.device.index if self.device.type == "cuda" else None
         self._rasteriser: Rasteriser | None = None
@@ -85,6 +77,17 @@ class SceneStream:
     def from_assets(cls, path: Path | str, **options: object) -> SceneStream:
         """A stream from a file that `prepare_assets` wrote; options as for the constructor."""
         return cls((), assets=SceneAssets.load(path), **options)  # type: ignore[arg-type]
+
+    def _new_sampler(self, assets: SceneAssets) -> Sampler:
+        return SceneSampler(
+            assets.targets,
+            assets.clutter,
+            self.config,
+            len(assets.backgrounds),
+            SHEETS,
+            BOARDS,
+            len(assets.environments),
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(self.start)

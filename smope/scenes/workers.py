@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,12 +21,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smope.scenes.config import SceneConfig
-from smope.scenes.layout import pack, scene_size
+from smope.scenes.layout import Scene, pack, scene_size
+from smope.scenes.meshes import PreparedMesh
 from smope.scenes.raster_table import pack_draws, table_shape
 from smope.scenes.rasterise import GBuffer, Rasteriser
-from smope.scenes.sample import SceneSampler
 
 log = logging.getLogger(__name__)
+
+
+class Sampler(Protocol):
+    """Draws scenes; the same seed always gives the same one."""
+
+    @property
+    def targets(self) -> tuple[PreparedMesh, ...]: ...
+    @property
+    def clutter(self) -> tuple[PreparedMesh, ...]: ...
+    @property
+    def config(self) -> SceneConfig: ...
+    def __call__(self, seed: tuple[int, ...]) -> Scene: ...
 
 
 class WorkerError(RuntimeError):
@@ -62,7 +74,7 @@ class RawBatch:
 
 
 def make_one(
-    sampler: SceneSampler,
+    sampler: Sampler,
     rasteriser: Rasteriser | None,
     seed: tuple[int, ...],
     out: dict[str, NDArray[Any]],
@@ -92,7 +104,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when Ctrl-C ends the workers
     torch.set_num_threads(1)
     try:
-        sampler: SceneSampler = pickle.loads(packed.numpy().tobytes())
+        sampler: Sampler = pickle.loads(packed.numpy().tobytes())
         rasteriser = None
         if pictures:
             rasteriser = Rasteriser(sampler.targets + sampler.clutter, sampler.config, device_index)
@@ -119,7 +131,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        sampler: SceneSampler,
+        sampler: Sampler,
         workers: int,
         batch_size: int,
         seed_of: Callable[[int, int], tuple[int, ...]],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smope.architectures import Network, architecture_of, build_network
 from smope.config import ConfigError, ModelConfig, from_json, to_json
+from smope.data.corners import with_corner_boxes
 from smope.data.items import Batch
 from smope.data.readers import read_records
 from smope.data.records import Record
@@ -25,14 +26,18 @@ from smope.model import SMOPE
 from smope.objects import ObjectModel
 from smope.scenes.assets import SceneAssets, build_assets
 from smope.scenes.config import SceneConfig
+from smope.scenes.stream import SceneStream
+from smope.scenes.street_config import StreetConfig
+from smope.train.augment import AugmentConfig
 from smope.train.choice import AnyObjective, make_objective, network_config
 from smope.train.distributed import Ranks, joined
 from smope.train.held_out import HeldOut
 from smope.train.loop import Loop, LoopResult
 from smope.train.preview import draw_truth
 from smope.train.recipe import DataConfig, Recipe, expand, load_recipe
-from smope.train.sources import Source, record_source, scene_source
+from smope.train.sources import Source, mixed_source, record_source, scene_source
 from smope.train.start import begin
+from smope.train.streets import street_assets, street_stream
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +48,14 @@ class PoseTask:
     """What the loop trains: a network by its objective, scored on held-out images."""
 
     def __init__(
-        self, objective: AnyObjective, objects: Sequence[ObjectModel], held_out: Sequence[Batch]
+        self,
+        objective: AnyObjective,
+        objects: Sequence[ObjectModel],
+        held_out: Sequence[Batch],
+        crowds: bool = False,
     ) -> None:
         self.objective = objective
-        self.judge = HeldOut(objects, held_out) if held_out else None
+        self.judge = HeldOut(objects, held_out, crowds) if held_out else None
 
     def step(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.objective(model, batch)
@@ -104,7 +113,7 @@ def fit(
         network = build_network(config)
         loop = Loop(
             network,
-            PoseTask(loss, objects, source.held_out),
+            PoseTask(loss, objects, source.held_out, crowds=bool(plan.street)),
             source.stream,
             plan.optim,
             plan.run,
@@ -197,26 +206,55 @@ def _source(
 ) -> tuple[Source, SceneConfig | None]:
     if scenes is not None and dataset is not None:
         raise ConfigError("both scenes and dataset given; a run learns from one of them")
-    if scenes is None:
-        records = dataset if dataset is not None else _read_dataset(plan.data)
-        if records is not None:
-            return record_source(objects, records, plan.run, ranks.device, ranks.rank), None
+    photos, count = None, 0
+    make: Callable[..., SceneStream] = SceneStream
     config = scenes or from_json(SceneConfig, plan.scenes, "scenes")
-    ready = _assets(objects, assets, plan.data, ranks)
-    return scene_source(objects, ready, config, plan.run, ranks.device, ranks.rank), config
+    if plan.street and scenes is None:
+        config = from_json(StreetConfig, plan.street, "street")
+    if scenes is None:
+        sized = bool(plan.network.get("predict_scale", False))
+        records = dataset if dataset is not None else read_dataset(plan.data, objects, sized)
+        if plan.street:
+            make = street_stream(plan.data, records or ())
+        if records is not None:
+            mixed = dataset is None and plan.data.share < 1
+            count = max(1, round(plan.data.share * plan.run.batch_size)) if mixed else plan.run.batch_size
+            photos = record_source(
+                objects,
+                records,
+                replace(plan.run, batch_size=count),
+                ranks.device,
+                ranks.rank,
+                plan.data.held_out,
+                from_json(AugmentConfig, plan.augment, "augment") if plan.augment else None,
+                (-(-config.width // 32) * 32, -(-config.height // 32) * 32) if mixed else None,
+            )
+            if not mixed:
+                return photos, None
+    build = street_assets if isinstance(config, StreetConfig) else _scene_assets
+    ready = _assets(objects, assets, plan.data, ranks, build)
+    run = replace(plan.run, batch_size=plan.run.batch_size - count)
+    rendered = scene_source(objects, ready, config, run, ranks.device, ranks.rank, make)
+    return (rendered if photos is None else mixed_source(rendered, photos)), config
 
 
-def _read_dataset(data: DataConfig) -> list[Record] | None:
-    """The data set of the section [data], if it names one."""
+def read_dataset(data: DataConfig, objects: Sequence[ObjectModel], sized: bool) -> list[Record] | None:
+    """The data set of the section [data], if it names one; `sized`: with the sizes of instances as scales."""
     if (data.dataset is None) != (data.format is None):
         raise ConfigError("data.dataset and data.format go together: the folder, and which form it has")
     if data.dataset is None or data.format is None:
         return None
-    return read_records(expand(data.dataset), data.format, data.split)
+    extents = {model.name: model.extents.tolist() for model in objects} if sized else None
+    records = read_records(expand(data.dataset), data.format, data.split, extents=extents)
+    return with_corner_boxes(records, objects) if data.box == "corners" else records
 
 
 def _assets(
-    objects: Sequence[ObjectModel], assets: str | Path | SceneAssets | None, data: DataConfig, ranks: Ranks
+    objects: Sequence[ObjectModel],
+    assets: str | Path | SceneAssets | None,
+    data: DataConfig,
+    ranks: Ranks,
+    build: Callable[[Sequence[ObjectModel], DataConfig], SceneAssets],
 ) -> SceneAssets:
     """The given assets, those of a file, or new ones, which are put into the file if one is named."""
     if isinstance(assets, SceneAssets):
@@ -224,8 +262,7 @@ def _assets(
     file = Path(assets) if assets is not None else expand(data.assets) if data.assets else None
     if file is not None and file.exists():
         return _in_order(SceneAssets.load(file), objects)
-    clutter = sorted(expand(data.clutter).rglob("*.ply")) if data.clutter else []
-    if assets is not None and not (clutter or data.backgrounds):
+    if assets is not None and not (data.clutter or data.backgrounds):
         raise ConfigError(f"assets: {file} does not exist, and the recipe names no folders to make it from")
     # One process prepares, then the others read or, without a file, prepare the same for themselves.
     ready = None
@@ -234,18 +271,19 @@ def _assets(
             if file is not None and file.exists():
                 ready = _in_order(SceneAssets.load(file), objects)
             else:
-                log.info(
-                    "preparing %d objects and a choice of %d other meshes to render",
-                    len(objects),
-                    len(clutter),
-                )
-                ready = build_assets(objects, clutter, expand(data.backgrounds) if data.backgrounds else None)
+                log.info("preparing %d objects, and what stands around them, to render", len(objects))
+                ready = build(objects, data)
                 if file is not None:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     ready.save(file)
         ranks.same_for_all(0)
     assert ready is not None
     return ready
+
+
+def _scene_assets(objects: Sequence[ObjectModel], data: DataConfig) -> SceneAssets:
+    clutter = sorted(expand(data.clutter).rglob("*.ply")) if data.clutter else []
+    return build_assets(objects, clutter, expand(data.backgrounds) if data.backgrounds else None)
 
 
 def _in_order(assets: SceneAssets, objects: Sequence[ObjectModel]) -> SceneAssets:

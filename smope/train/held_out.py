@@ -15,12 +15,14 @@ from torch import Tensor
 from smope.architectures import Network, encode_objects, find
 from smope.data.items import Batch
 from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou
+from smope.geometry.stretch import size_factor
 from smope.networks.pose_head import unit_to_pixels
 from smope.networks.smope_s import Found
 from smope.objects import ObjectModel
 
 log = logging.getLogger(__name__)
 
+MIN_IOU = 0.5  # of the boxes, where a detection could be meant for several
 MIN_VISIBILITY = 0.1  # of the silhouette: BOP's targets are at least so visible
 POINTS = 512  # surface points an object, in farthest-point order
 _SYMMETRY_STEP = 10.0  # degrees
@@ -30,11 +32,17 @@ _STEPS = torch.arange(1, 11, dtype=torch.float64)  # BOP'19: ten thresholds each
 class HeldOut:
     """Truth and network output of some images, object by object, reduced to scores."""
 
-    def __init__(self, objects: Sequence[ObjectModel], batches: Sequence[Batch]) -> None:
-        """`batches` stay where they are; without instances and depth they are small enough for the device."""
+    def __init__(
+        self, objects: Sequence[ObjectModel], batches: Sequence[Batch], crowds: bool = False
+    ) -> None:
+        """`batches` stay where they are; without instances and depth they are small enough for the device.
+
+        With `crowds` an image may show several instances of an object: a detection is then meant for the one
+        that its box covers by half.
+        """
         if not batches:
             raise ValueError("no held-out images given; an evaluation needs at least one batch")
-        self.objects, self.batches = list(objects), list(batches)
+        self.objects, self.batches, self.crowds = list(objects), list(batches), crowds
         device = batches[0].images.device
         self._points = [model.points[:POINTS].to(device) for model in objects]  # [V, 3] metres, own frame
         self._symmetries = [model.symmetries.transforms(_SYMMETRY_STEP).to(device) for model in objects]
@@ -68,37 +76,44 @@ class HeldOut:
         }
 
     def _errors(self, found: Found, batch: Batch) -> Tensor:
-        """[T, 6] of this batch's targets: MSSD over the diameter, MSPD in pixels, IoU, visibility error,
+        """[T, 6] of this batch's targets: MSSD over the size, MSPD in pixels, IoU, visibility error,
         relative depth error, score. A target without any detection has infinite errors."""
         same = batch.labels[:, :, None] == batch.labels[:, None, :]
         # With several instances of one object, which detection is meant for which is a question of its own.
-        target = batch.present & (batch.visibility >= MIN_VISIBILITY) & (same.sum(-1) == 1)
+        target = batch.present & (batch.visibility >= MIN_VISIBILITY) & (self.crowds | (same.sum(-1) == 1))
         image, slot = target.nonzero(as_tuple=True)  # [T] each
         labels = batch.labels[image, slot]
-        candidates = torch.where(found.labels[image] == labels[:, None], found.scores[image], -1.0)  # [T, P]
+        size = (batch.images.shape[-1], batch.images.shape[-2])
+        boxes = unit_to_pixels(cxcywh_to_xyxy(found.boxes).unflatten(-1, (2, 2)), size).flatten(-2)
+        fits = found.labels[image] == labels[:, None]  # [T, P]
+        if self.crowds:
+            fits = fits & (paired_iou(boxes[image], batch.boxes_xyxy[image, slot][:, None])[0] > MIN_IOU)
+        candidates = torch.where(fits, found.scores[image], -1.0)
         score, best = candidates.max(1)
         missed = score < 0
 
         pose = found.pairs.poses[-1]
         rotation, centre = pose.rotation[image, best].float(), pose.translation[image, best].float()
         truth, K = batch.T_CO[image, slot], batch.K[image]
+        ones = torch.ones_like(centre)
+        scale = ones if pose.scale is None else pose.scale[image, best].float()
+        true_scale = ones if batch.scale is None else batch.scale[image, slot]
         mssd, mspd = torch.full_like(score, torch.inf), torch.full_like(score, torch.inf)
         for index, model in enumerate(self.objects):
             mine = labels == index
-            moved = self._points[index] - model.centre.to(rotation.device)
+            moved = (self._points[index] - model.centre.to(rotation.device)) * scale[mine][:, None]
             estimate = moved @ rotation[mine].mT + centre[mine][:, None]  # [n, V, 3]
-            where = truth[mine][:, None] @ self._symmetries[index]  # [n, S, 4, 4]
+            affine = truth[mine] * torch.nn.functional.pad(true_scale[mine], (0, 1), value=1.0)[:, None]
+            where = affine[:, None] @ self._symmetries[index]  # [n, S, 4, 4]
             true = self._points[index] @ where[..., :3, :3].mT + where[..., None, :3, 3]  # [n, S, V, 3]
             far = (estimate[:, None] - true).norm(dim=-1).amax(-1).amin(-1)
             pixels, true_pixels = _project(estimate, K[mine]), _project(true, K[mine][:, None])
             apart = (pixels[:, None] - true_pixels).norm(dim=-1).amax(-1).amin(-1)
-            mssd[mine], mspd[mine] = far / model.diameter, apart
+            mssd[mine], mspd[mine] = far / (model.diameter * size_factor(true_scale[mine])), apart
 
-        size = (batch.images.shape[-1], batch.images.shape[-2])
-        corners = unit_to_pixels(cxcywh_to_xyxy(found.boxes[image, best]).unflatten(-1, (2, 2)), size)
-        iou = paired_iou(corners.flatten(-2), batch.boxes_xyxy[image, slot])[0]
+        iou = paired_iou(boxes[image, best], batch.boxes_xyxy[image, slot])[0]
         visible = found.pairs.visibility_logit[image, best].sigmoid()
-        middle = torch.stack([model.centre for model in self.objects]).to(centre.device)[labels]
+        middle = torch.stack([model.centre for model in self.objects]).to(centre.device)[labels] * true_scale
         true_depth = (truth[:, :3, :3] @ middle[..., None])[:, 2, 0] + truth[:, 2, 3]
         depth = (centre[:, 2] / true_depth - 1).abs()
         errors = torch.stack([mssd, mspd, depth], -1).masked_fill(missed[:, None], torch.inf)

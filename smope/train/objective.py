@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smope.data.items import Batch
-from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou, xyxy_to_cxcywh
+from smope.data.items import UNKNOWN, Batch
+from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou, share_inside, xyxy_to_cxcywh
 from smope.geometry.projection import project
 from smope.geometry.rotations import geodesic_angle
 from smope.geometry.solve import invert_intrinsics
+from smope.geometry.stretch import size_factor
 from smope.network_inputs import surface_table
 from smope.networks.mesh_encoder import MeshInputs
 from smope.networks.outputs import PairOutputs, PoseEstimate, Regions, TrainingOutputs, take, take_layers
-from smope.networks.pose_head import focal_length, pixels_to_unit
+from smope.networks.pose_head import ImageSize, focal_length, pixels_to_unit
 from smope.networks.smope_s import SmopeS, Targets
 from smope.objects import ObjectModel
 from smope.train.losses import (
@@ -44,6 +45,7 @@ class LossConfig:
     centre: float = 4.0
     depth: float = 3.0
     points: float = 1.0  # rotation and translation together, in the camera
+    scale: float = 2.0  # logarithms of the three factors, where they are predicted
     offsets: float = 2.0  # where refinement sends the anchors
     visibility: float = 1.0
     sigma: float = 0.1
@@ -53,6 +55,9 @@ class LossConfig:
     colour_dropout: float = 0.2  # share of meshes shown to the network without their colours
     faint: float = 0.3  # poses of objects less visible than this count in proportion
     strangers: int = 0  # meshes registered beside the known ones at each step, which no image holds
+
+
+_IGNORED_SHARE = 0.5  # a box of which so much lies in an ignored area is not judged
 
 
 class Objective:
@@ -81,15 +86,19 @@ class Objective:
             self.table, self.surfaces = self.table.to(device), self.surfaces.to(device)
             self.strangers = self.strangers and self.strangers.to(device)
         height, width = batch.images.shape[-2:]
-        boxes = pixels_to_unit(batch.boxes_xyxy.unflatten(-1, (2, 2)), (width, height)).flatten(-2)
-        boxes = xyxy_to_cxcywh(boxes)
+        boxes = xyxy_to_cxcywh(_in_unit(batch.boxes_xyxy, (width, height)))
         boxes = torch.cat([boxes[..., :2].clamp(0, 1), boxes[..., 2:].clamp(1e-3, 1)], -1)
         targets = Targets(batch.labels, boxes)
+        ignored = None if batch.ignored is None else _in_unit(batch.ignored, (width, height))
+        if not network.config.predict_scale:
+            batch = replace(batch, scale=None)
+        elif batch.scale is None:
+            batch = replace(batch, scale=torch.ones_like(batch.T_CO[..., :3, 3]))
         views = self.mesh_views(network.config.surface_points, network.config.anchors)
         outputs = network.forward_training(batch.images, batch.K, views, targets, self.matcher)
         with torch.autocast(device.type, enabled=False):
             parts = {
-                **self.detection_losses(outputs, targets),
+                **self.detection_losses(outputs, targets, ignored),
                 **self.pose_losses(outputs, batch),
                 **self.mesh_losses(outputs),
             }
@@ -123,15 +132,18 @@ class Objective:
         anchors = torch.cat([anchors[..., :6], anchors[..., 6:] * shown], -1)
         return MeshInputs(surface, diameters, anchors)
 
-    def detection_losses(self, outputs: TrainingOutputs, targets: Targets) -> dict[str, Tensor]:
-        """L_D, summed over the decoder layers and the encoder's proposals, a matched object."""
+    def detection_losses(
+        self, outputs: TrainingOutputs, targets: Targets, ignored: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """L_D, summed over the decoder layers and the encoder's proposals, a matched object; ignored
+        [B, I, 4] xyxy are areas, in 0..1, where a box that matches nothing is not wrong."""
         found, match = outputs.detections, outputs.match.clamp(min=0)
         present = targets.labels >= 0
         count = present.sum().clamp(min=1)
         labels, skip = targets.labels.clamp(min=0), found.denoising
         truth = (targets.boxes, present)
         decoded = self.matched_losses(
-            found.logits[:, :, skip:], found.boxes[:, :, skip:], match[:-1], labels, *truth
+            found.logits[:, :, skip:], found.boxes[:, :, skip:], match[:-1], labels, *truth, ignored
         )
         proposed = self.matched_losses(
             found.proposal_logits[None, ..., None],
@@ -139,6 +151,7 @@ class Objective:
             match[-1:],
             torch.zeros_like(labels),
             *truth,
+            ignored,
         )
         names = ("label", "l1", "giou")
         parts = {n: (a + b) / count for n, a, b in zip(names, decoded, proposed, strict=True)}
@@ -165,6 +178,7 @@ class Objective:
         labels: Tensor,
         truth: Tensor,
         present: Tensor,
+        ignored: Tensor | None = None,
         only_matched: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of the class, L1 and GIoU losses.
@@ -177,6 +191,11 @@ class Objective:
         quality = torch.zeros_like(logits, dtype=torch.float32).flatten(2)
         quality = quality.scatter_reduce(2, match * logits.shape[-1] + labels, iou.float(), "amax")
         label = varifocal(logits.flatten(2), quality)
+        if ignored is not None:
+            area = share_inside(cxcywh_to_xyxy(boxes.detach())[..., None, :], ignored[None, :, None])
+            judged = area.amax(-1) < _IGNORED_SHARE  # [L, B, Q]
+            judged = judged.scatter_reduce(2, match, present.expand_as(match), "amax")
+            label = label.unflatten(-1, logits.shape[-2:]) * judged[..., None]
         if only_matched:
             label = label.unflatten(-1, logits.shape[-2:]) * present[..., None]
         l1, giou = box_loss(chosen, truth)
@@ -188,7 +207,7 @@ class Objective:
         labels = take(batch.labels, slots).clamp(min=0)
         visible = take(batch.visibility, slots)
         weight = outputs.pair_valid * (visible / self.config.faint).clamp(max=1.0)
-        truth = PairTruth.of(self.table, batch.labels, batch.T_CO, slots, batch.K)
+        truth = PairTruth.of(self.table, batch.labels, batch.T_CO, slots, batch.K, batch.scale)
         every = (labels.repeat(layers, 1), weight.repeat(layers, 1))  # once a decoder layer
         direct = self.pose_errors(outputs.direct.poses[0], truth.repeat(layers), *every)
         gap = (outputs.direct.visibility_logit.float().sigmoid() - visible.repeat(layers, 1)).abs()
@@ -198,7 +217,8 @@ class Objective:
         looked, *moved = outputs.refined.poses[1:]
         count = looked.rotation.shape[1]
         slots, labels, visible = slots[:, :count], labels[:, :count], visible[:, :count]
-        weight, truth = weight[:, :count], PairTruth.of(self.table, batch.labels, batch.T_CO, slots, batch.K)
+        weight = weight[:, :count]
+        truth = PairTruth.of(self.table, batch.labels, batch.T_CO, slots, batch.K, batch.scale)
         region = self.pose_errors(looked, truth, labels, weight)
         parts |= {f"{name}/region": value for name, value in region.items()}
         gap = (outputs.refined.visibility_logit.float().sigmoid() - visible).abs()
@@ -208,9 +228,7 @@ class Objective:
             sent = [masked_mean(self.offset_error(pose, truth, outputs, labels), weight) for pose in moved]
             parts |= {f"{name}/refined": torch.stack([e[name] for e in refined]).sum() for name in refined[0]}
             parts["offsets"] = torch.stack(sent).sum()
-        parts["sigma"] = masked_mean(
-            self.sigma_loss(outputs.refined, truth, self.table.diameters[labels]), weight
-        )
+        parts["sigma"] = masked_mean(self.sigma_loss(outputs.refined, truth, labels), weight)
         if batch.instance is not None and batch.depth is not None:
             parts |= self.region_losses(outputs.regions, looked, truth, batch, slots, weight)
         return parts
@@ -235,7 +253,8 @@ class Objective:
         shape = regions.pixels.shape[1:4]
         depth = batch.depth.flatten(1).gather(1, index).unflatten(1, shape)
         instance = batch.instance.flatten(1).gather(1, index).unflatten(1, shape)
-        seen = (instance == slots[..., None, None] + 1) & inside.unflatten(1, shape)
+        known = instance != UNKNOWN
+        seen = known & (instance == slots[..., None, None] + 1) & inside.unflatten(1, shape)
 
         pixels = torch.stack([u, v, torch.ones_like(u)], -1).float()
         rays = pixels @ invert_intrinsics(batch.K).transpose(-1, -2)  # [B, P n n, 3]
@@ -243,6 +262,8 @@ class Objective:
         target = truth.nearest(pose.rotation)
         diameters = self.table.diameters[take(batch.labels, slots).clamp(min=0)]
         points = (points - target.translation[..., None, None, :]).flatten(2, 3) @ target.rotation
+        if target.scale is not None:  # cells say the place on the registered mesh
+            points = points / target.scale[..., None, :]
         wanted = (points / diameters[..., None, None]).unflatten(2, shape[1:])
         where = (regions.surface[..., :3] - wanted).abs().sum(-1)
         on_object = F.binary_cross_entropy_with_logits(
@@ -251,7 +272,7 @@ class Objective:
         cells = weight[..., None, None]
         return {
             "regions/where": 4 * masked_mean(where, seen * cells),
-            "regions/seen": masked_mean(on_object, cells.expand_as(on_object)),
+            "regions/seen": masked_mean(on_object, cells * known),
         }
 
     def pose_errors(
@@ -259,9 +280,10 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Rotation, projected centre and depth apart, and all together on the points; over the diameter."""
         target = truth.nearest(pose.rotation)
-        diameters, points = self.table.diameters[labels], self.table.points[labels]
+        diameters, points = self.stretched(labels, target.scale, target.scale)
+        shown = points if pose.scale is None else self.stretched(labels, pose.scale, target.scale)[1]
         apparent = apparent_size(truth.K, diameters, target)
-        moved = points @ (pose.rotation - target.rotation).transpose(-1, -2)
+        moved = shown @ pose.rotation.transpose(-1, -2) - points @ target.rotation.transpose(-1, -2)
         moved = moved + ((pose.translation - target.translation) / diameters[..., None])[..., None, :]
         depth, true_depth = (p.translation[..., 2].clamp(min=1e-2).log() for p in (pose, target))
         errors = {
@@ -270,7 +292,18 @@ class Objective:
             "depth": (depth - true_depth).abs(),
             "points": moved.norm(dim=-1).mean(-1).clamp(max=10.0),
         }
+        if pose.scale is not None and target.scale is not None:
+            errors["scale"] = (pose.scale.log() - target.scale.log()).abs().sum(-1)
         return {name: masked_mean(values, weight) for name, values in errors.items()}
+
+    def stretched(self, labels: Tensor, scale: Tensor | None, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sizes [B, P] of objects with factors `size` [B, P, 3], metres, and over them the surface points
+        [B, P, A, 3] stretched by `scale`."""
+        diameters, points = self.table.diameters[labels], self.table.points[labels]
+        if scale is None or size is None:
+            return diameters, points
+        factor = size_factor(size)
+        return diameters * factor, points * (scale / factor[..., None])[..., None, :]
 
     def offset_error(
         self, pose: PoseEstimate, truth: PairTruth, outputs: TrainingOutputs, labels: Tensor
@@ -279,16 +312,19 @@ class Objective:
         assert pose.offsets is not None
         assert pose.anchors_uv is not None
         target = truth.nearest(pose.rotation)
-        diameters = self.table.diameters[labels]
-        anchors = outputs.meshes.anchors[labels][..., :3] * diameters[..., None, None]
+        anchors = outputs.meshes.anchors[labels][..., :3] * self.table.diameters[labels][..., None, None]
+        if target.scale is not None:
+            anchors = anchors * target.scale[..., None, :]
+        diameters = self.stretched(labels, target.scale, target.scale)[0]
         uv = project(anchors @ target.rotation.transpose(-1, -2) + target.translation[..., None, :], truth.K)
         wanted = (uv - pose.anchors_uv) / apparent_size(truth.K, diameters, target)[..., None, None]
         near = wanted.norm(dim=-1) < 1.0
         return ((pose.offsets - wanted).abs().sum(-1) * near).mean(-1)
 
-    def sigma_loss(self, pairs: PairOutputs, truth: PairTruth, diameters: Tensor) -> Tensor:
+    def sigma_loss(self, pairs: PairOutputs, truth: PairTruth, labels: Tensor) -> Tensor:
         pose = pairs.poses[-1]
         target = truth.nearest(pose.rotation)
+        diameters = self.stretched(labels, target.scale, target.scale)[0]
         rotation = geodesic_angle(pose.rotation, target.rotation)
         translation = (pose.translation - target.translation).norm(dim=-1) / diameters
         errors = torch.stack([rotation, translation], -1).clamp(max=10.0)
@@ -313,11 +349,17 @@ class Objective:
         coordinates, seen = batch.surface_at_stride(8, self.table.centres, self.table.diameters)
         height, width = predicted.shape[-2:]
         coordinates, seen = coordinates[..., :height, :width], seen[..., :height, :width]
+        known = batch.instance[:, 4::8, 4::8][..., :height, :width] != UNKNOWN
         label = torch.where(seen >= 0, seen, 0)
         plain = (seen >= 0) & ~self.table.symmetric[label]
         where = (predicted[:, :3] - coordinates).abs().sum(1)
-        mask = F.binary_cross_entropy_with_logits(predicted[:, 3], (seen >= 0).float())
-        return 4 * masked_mean(where, plain) + mask
+        on_object = F.binary_cross_entropy_with_logits(predicted[:, 3], (seen >= 0).float(), reduction="none")
+        return 4 * masked_mean(where, plain) + masked_mean(on_object, known)
+
+
+def _in_unit(boxes_xyxy: Tensor, size: ImageSize) -> Tensor:
+    """[..., 4] pixels -> 0..1 of the image"""
+    return pixels_to_unit(boxes_xyxy.unflatten(-1, (2, 2)), size).flatten(-2)
 
 
 def apparent_size(K: Tensor, diameters: Tensor, pose: PoseEstimate) -> Tensor:

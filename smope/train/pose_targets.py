@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from smope.geometry.projection import project
+from smope.geometry.stretch import turned_scale
 from smope.networks.outputs import PoseEstimate, take
 from smope.objects import ObjectModel
 
@@ -53,16 +54,36 @@ class PairTruth:
     translations: Tensor  # [B, P, S, 3] metres
     covariance: Tensor  # [B, P, 3, 3]
     K: Tensor  # [B, 3, 3]
+    scales: Tensor | None = None  # [B, P, S, 3] of the mesh along its own axes
 
     @staticmethod
-    def of(table: ObjectTable, labels: Tensor, T_CO: Tensor, slots: Tensor, K: Tensor) -> PairTruth:
-        """labels [B, N] with -1 for empty, T_CO [B, N, 4, 4] of the own frames, slots [B, P]"""
+    def of(
+        table: ObjectTable,
+        labels: Tensor,
+        T_CO: Tensor,
+        slots: Tensor,
+        K: Tensor,
+        scale: Tensor | None = None,
+    ) -> PairTruth:
+        """labels [B, N] with -1 for empty, T_CO [B, N, 4, 4] of the own frames, slots [B, P], scale
+        [B, N, 3]"""
         labels = take(labels, slots).clamp(min=0)
         T = take(T_CO, slots)  # [B, P, 4, 4]
-        rotation = T[..., None, :3, :3]
-        base = (T[..., :3, :3] @ table.centres[labels][..., None])[..., 0] + T[..., :3, 3]
-        moved = (rotation @ table.symmetry_shift[labels][..., None])[..., 0] + base[..., None, :]
-        return PairTruth(rotation @ table.symmetry_rotation[labels], moved, table.covariance[labels], K)
+        rotation, turns = T[..., None, :3, :3], table.symmetry_rotation[labels]
+        centre, shift, covariance = (
+            table.centres[labels],
+            table.symmetry_shift[labels],
+            table.covariance[labels],
+        )
+        scales = None
+        if scale is not None:
+            stretch = take(scale, slots)  # [B, P, 3]
+            scales = turned_scale(stretch, turns)
+            centre, shift = centre * stretch, shift * stretch[..., None, :]
+            covariance = covariance * stretch[..., None, :] * stretch[..., :, None]
+        base = (T[..., :3, :3] @ centre[..., None])[..., 0] + T[..., :3, 3]
+        moved = (rotation @ shift[..., None])[..., 0] + base[..., None, :]
+        return PairTruth(rotation @ turns, moved, covariance, K, scales)
 
     def repeat(self, times: int) -> PairTruth:
         """The same truth for `times` layers, one after another in the batch"""
@@ -71,6 +92,7 @@ class PairTruth:
             self.translations.repeat(times, 1, 1, 1),
             self.covariance.repeat(times, 1, 1, 1),
             self.K.repeat(times, 1, 1),
+            None if self.scales is None else self.scales.repeat(times, 1, 1, 1),
         )
 
     def nearest(self, rotation: Tensor) -> PoseEstimate:
@@ -82,4 +104,7 @@ class PairTruth:
             best = distance.argmin(-1)[..., None]  # [B, P, 1]
             chosen = self.rotations.gather(2, best[..., None, None].expand(*best.shape, 3, 3))[:, :, 0]
             translation = self.translations.gather(2, best[..., None].expand(*best.shape, 3))[:, :, 0]
-            return PoseEstimate(chosen, translation, project(translation, self.K))
+            scale = None
+            if self.scales is not None:
+                scale = self.scales.gather(2, best[..., None].expand(*best.shape, 3))[:, :, 0]
+            return PoseEstimate(chosen, translation, project(translation, self.K), scale=scale)

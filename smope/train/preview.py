@@ -19,7 +19,7 @@ def truth_of(batch: Batch, index: int, objects: Sequence[ObjectModel]) -> Poses:
     present = batch.present[index].cpu()
     labels = batch.labels[index].cpu()[present]
     visibility = batch.visibility[index].cpu()[present]
-    count = len(labels)
+    scale = torch.ones(len(labels), 3) if batch.scale is None else batch.scale[index].cpu()[present]
     height, width = batch.images.shape[-2:]
     return Poses(
         names=tuple(objects[label].name for label in labels.tolist()),
@@ -27,9 +27,9 @@ def truth_of(batch: Batch, index: int, objects: Sequence[ObjectModel]) -> Poses:
         scores=visibility,
         boxes_xyxy=batch.boxes_xyxy[index].cpu()[present],
         T_CO=batch.T_CO[index].cpu()[present],
-        scale=torch.ones(count, 3),
+        scale=scale,
         visibility=visibility,
-        sigma=torch.zeros(count, 2),
+        sigma=torch.zeros(len(labels), 2),
         camera=Camera(batch.K[index].cpu(), (width, height)),
         objects={model.name: model for model in objects},
     )

@@ -25,9 +25,16 @@ class DataConfig:
     dataset: str | None = None  # folder of annotated images, in place of rendered scenes
     format: Literal["bop", "linemod", "labelimg3d", "kitti"] | None = None  # of `dataset`
     split: str | None = None  # the part of `dataset`, in the format's own words
+    # "corners": the extents of the projected 3D boxes take the place of the data set's own 2D boxes.
+    box: Literal["silhouette", "corners"] = "silhouette"
+    held_out: tuple[str, ...] = ()  # beginnings of the names of images not to train on; else every tenth is
+    # Of each batch so much are images of `dataset`, the rest renders; by default no scenes are rendered.
+    share: float = 1.0
     assets: str | None = None  # scene assets in one file; made from the next two where it does not exist
     clutter: str | None = None  # folder of PLY meshes in metres, with index.json
     backgrounds: str | None = None  # folder of photos and hdri/
+    layouts: str | None = None  # of streets: what tools/make_street_layouts.py wrote
+    vehicles: str | None = None  # of streets: folder of further vehicles (GLB)
     backbone: str | None = None  # safetensors of pretrained backbone weights
 
 
@@ -83,6 +90,8 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     scenes: Mapping[str, Any] = field(default_factory=dict)
+    street: Mapping[str, Any] = field(default_factory=dict)  # streets in place of scenes, if not empty
+    augment: Mapping[str, Any] = field(default_factory=dict)  # of photos, where it is not empty
     network: Mapping[str, Any] = field(default_factory=dict)
     loss: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from smope.data.items import Batch
@@ -19,6 +18,7 @@ from smope.scenes.assets import SceneAssets
 from smope.scenes.config import SceneConfig
 from smope.scenes.meshes import PreparedMesh
 from smope.scenes.stream import SceneStream
+from smope.train.augment import AugmentConfig, augmented, concatenated
 from smope.train.loop import Stream, opened
 from smope.train.recipe import RunConfig
 
@@ -26,6 +26,7 @@ HELD_OUT_SEED = 7_654_321  # far from any seed of a training process
 _RANK_SEED = 1_000_003
 _HELD_OUT_BACKGROUNDS = 8  # every so many-th photo and environment map is never trained on
 _HELD_OUT_RECORDS = 10
+_KEPT_DECODED = 150
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +47,16 @@ def scene_source(
     run: RunConfig,
     device: torch.device,
     rank: int,
+    make: Callable[..., SceneStream] = SceneStream,
 ) -> Source:
-    """Rendered scenes; each process renders its own, and the held-out ones have backgrounds of their own."""
+    """Rendered scenes; each process renders its own, and the held-out ones have backgrounds of their own.
+
+    `make` is the stream of the kind of scenes wanted, called with SceneStream's arguments.
+    """
     own = _every(assets, _HELD_OUT_BACKGROUNDS, kept_out=False)
 
     def stream(start: int) -> Iterator[Batch]:
-        scenes = SceneStream(
+        scenes = make(
             objects,
             assets=own,
             config=config,
@@ -66,7 +71,7 @@ def scene_source(
     held_out: tuple[Batch, ...] = ()
     if rank == 0:
         other = _every(assets, _HELD_OUT_BACKGROUNDS, kept_out=True)
-        batches = SceneStream(
+        batches = make(
             objects,
             assets=other,
             config=config,
@@ -88,9 +93,16 @@ def record_source(
     run: RunConfig,
     device: torch.device,
     rank: int,
+    held_out_names: Sequence[str] = (),
+    augment: AugmentConfig | None = None,
+    frame: tuple[int, int] | None = None,
 ) -> Source:
-    """Annotated images in an order that the seed fixes for ever; every tenth is held out. Those smaller than
-    the largest, as some frames of KITTI are, are filled up to its size."""
+    """Annotated images in an order that the seed fixes for ever. Those smaller than the largest, as some
+    frames of KITTI are, are filled up to its size.
+
+    Held out is every tenth, or those whose key starts with one of `held_out_names`: neighbours in a drive
+    show the same. With `augment` training images are changed, and shown in a `frame` (width, height).
+    """
     names = [model.name for model in objects]
     useful = [record for record in records if any(a.name in names for a in record.annotations)]
     if len(useful) < 2:
@@ -100,6 +112,12 @@ def record_source(
         )
     order = torch.randperm(len(useful), generator=torch.Generator().manual_seed(run.seed)).tolist()
     kept_out = {order[i] for i in range(max(1, len(order) // _HELD_OUT_RECORDS))}
+    if held_out_names:
+        kept_out = {i for i, r in enumerate(useful) if r.key.startswith(tuple(held_out_names))}
+    if not 0 < len(kept_out) < len(useful):
+        raise ValueError(
+            f"held_out = {list(held_out_names)} given; it must begin some images' names, but not all"
+        )
     training = [record for i, record in enumerate(useful) if i not in kept_out]
     testing = [record for i, record in enumerate(useful) if i in kept_out][: run.eval_images]
     slots = max(sum(a.name in names for a in record.annotations) for record in useful)
@@ -109,18 +127,36 @@ def record_source(
     def read(chosen: Sequence[Record], masks: bool) -> Batch:
         return padded(to_batch(chosen, names, masks, canvas), slots).to(device)
 
+    seed = run.seed + _RANK_SEED * rank
+
+    decoded: dict[str, Batch] = {}
+
+    def photo(record: Record) -> Batch:
+        """Decoded once, as long as all fit into some hundreds of MiB."""
+        item = decoded.get(record.key) or to_batch([record], names)
+        if len(training) <= _KEPT_DECODED:
+            decoded[record.key] = item
+        return item
+
+    def drawn(index: int) -> Batch:
+        chosen = _drawn(training, index, run.batch_size, seed)
+        if augment is None:
+            return read(chosen, True)
+        size = frame or canvas
+        # One at a time: photos of several sizes end at different places.
+        photos = [
+            augmented(photo(record), size, augment, (seed, index, i)) for i, record in enumerate(chosen)
+        ]
+        return padded(concatenated(photos), slots).to(device)
+
     def stream(start: int) -> Iterator[Batch]:
-        seed = run.seed + _RANK_SEED * rank
         with ThreadPoolExecutor(max(1, min(run.workers, 8))) as pool:
             ahead = 2 * max(1, run.workers)
-            jobs = [
-                pool.submit(read, _drawn(training, start + i, run.batch_size, seed), True)
-                for i in range(ahead)
-            ]
+            jobs = [pool.submit(drawn, start + i) for i in range(ahead)]
             index = start + ahead
             while True:
                 yield jobs.pop(0).result()
-                jobs.append(pool.submit(read, _drawn(training, index, run.batch_size, seed), True))
+                jobs.append(pool.submit(drawn, index))
                 index += 1
 
     size = run.batch_size
@@ -131,25 +167,29 @@ def record_source(
     return Source(stream, tuple(held_out), typical.size, torch.from_numpy(typical.K).float())
 
 
+def mixed_source(scenes: Source, photos: Source) -> Source:
+    """Batches whose first images are rendered and whose last ones are photos; both must come in one size."""
+
+    def stream(start: int) -> Iterator[Batch]:
+        with opened(scenes.stream(start)) as rendered, opened(photos.stream(start)) as taken:
+            for one, other in zip(rendered, taken, strict=True):
+                yield concatenated([one, other])
+
+    return Source(stream, scenes.held_out + photos.held_out, scenes.image_size, scenes.K)
+
+
 def padded(batch: Batch, slots: int) -> Batch:
     """The batch with sides that are multiples of 32 pixels, and with `slots` object slots."""
-    more = slots - batch.labels.shape[1]
     height, width = batch.images.shape[-2:]
-    if not (more or height % 32 or width % 32):
+    if slots != batch.labels.shape[1]:
+        batch = batch.filled(slots, 0 if batch.ignored is None else batch.ignored.shape[1])
+    if not (height % 32 or width % 32):
         return batch
-    changes: dict[str, Any] = {
-        "images": pad_to_multiple(batch.images),
-        "labels": F.pad(batch.labels, (0, more), value=-1),
-        "T_CO": F.pad(batch.T_CO, (0, 0, 0, 0, 0, more)),
-        "boxes_xyxy": F.pad(batch.boxes_xyxy, (0, 0, 0, more)),
-        "visibility": F.pad(batch.visibility, (0, more)),
-    }
+    changes: dict[str, Any] = {"images": pad_to_multiple(batch.images)}
     for name in ("instance", "depth"):
         plane = getattr(batch, name)
         if plane is not None:
             changes[name] = pad_to_multiple(plane[:, None])[:, 0]
-    if batch.full_masks is not None:
-        changes["full_masks"] = F.pad(batch.full_masks, (0, 0, 0, 0, 0, more))
     return replace(batch, **changes)
 
 
