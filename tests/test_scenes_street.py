@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,8 +211,11 @@ def test_masks_of_areas_and_frames_against_loops() -> None:
     assert inside_frame(torch.tensor([[0.0, 7, 3, 1]]), 5, 9).sum() == 21
 
 
-def test_layouts_of_the_repository_hold_streets() -> None:
-    layouts = Layouts.load(Path(__file__).parent.parent / "recipes" / "kitti3d_layouts.npz")
+def test_layouts_made_of_the_labels_hold_streets(data_root: Path, tmp_path: Path) -> None:
+    tool = Path(__file__).parent.parent / "tools" / "make_street_layouts.py"
+    variables = {**os.environ, "SMOPE_DATA": str(data_root)}
+    subprocess.run([sys.executable, tool, tmp_path / "layouts.npz"], check=True, env=variables)
+    layouts = Layouts.load(tmp_path / "layouts.npz")
     assert layouts.classes == ("Tram", "Car", "Truck", "Van", "Pedestrian")
     assert layouts.starts[-1] == len(layouts.kind) == len(layouts.place) == len(layouts.size)
     cars = layouts.size[layouts.kind == 1]

@@ -1,6 +1,6 @@
-"""Write recipes/kitti3d_layouts.npz: where objects stand on streets, how they are turned, how large they are.
+"""Write runs/kitti3d_layouts.npz: where objects stand on streets, how they are turned, how large they are.
 
-    SMOPE_DATA=... python tools/make_street_layouts.py
+    SMOPE_DATA=... python tools/make_street_layouts.py [FILE]
 
 Drawn at random from KITTI's labels (CC BY-NC-SA 3.0), without those of the frames that are measured on, and
 moved a little, object by object: a stock of plausible streets, not the labels. Frames with rarer classes are
@@ -10,6 +10,7 @@ drawn more often.
 from __future__ import annotations
 
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -17,10 +18,10 @@ import numpy as np
 
 CLASSES = ("Tram", "Car", "Truck", "Van", "Pedestrian")
 FRAMES = 2000
-OUT = Path(__file__).parent.parent / "recipes" / "kitti3d_layouts.npz"
+OUT = Path("runs/kitti3d_layouts.npz")
 
 
-def main() -> None:
+def main(out: Path) -> None:
     root = Path(os.environ["SMOPE_DATA"]) / "kitti"
     kept_out = {
         name
@@ -44,8 +45,9 @@ def main() -> None:
     chosen = rng.choice(len(streets), FRAMES, replace=False, p=np.array(odds) / np.sum(odds))
     moved = [shaken(streets[k], rng) for k in chosen]
     table = np.concatenate(moved)
+    out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
-        OUT,
+        out,
         classes=np.array(CLASSES),
         starts=np.cumsum([0] + [len(rows) for rows in moved]).astype(np.int32),
         kind=table[:, 0].astype(np.uint8),
@@ -54,7 +56,7 @@ def main() -> None:
         size=table[:, 4:7].astype(np.float16),  # width, length, height, metres
     )
     counts = {name: int((table[:, 0] == k).sum()) for k, name in enumerate(CLASSES)}
-    print(f"{OUT.name}: {FRAMES} streets, {counts}, {OUT.stat().st_size / 1024:.0f} KiB")
+    print(f"{out}: {FRAMES} streets, {counts}, {out.stat().st_size / 1024:.0f} KiB")
 
 
 def rows_of(text: str) -> np.ndarray:
@@ -79,4 +81,4 @@ def shaken(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else OUT)

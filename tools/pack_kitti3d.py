@@ -4,11 +4,12 @@
 
 There:
 
-    mkdir -p data && tar -xf .carry/kitti3d.tar -C data
+    mkdir -p data runs && tar -xf .carry/kitti3d.tar -C data && mv data/kitti3d_layouts.npz runs/
     SMOPE_DATA=data smope fit recipes/kitti3d.toml --assets data/assets.npz --out runs/kitti3d
 
 In it: the training frames (JPEG, coded anew at quality 85), their labels and cameras, the class meshes, the
-scene assets, and the backbone's weights. It is third-party data and stays out of the repository.
+scene assets, the layouts of streets, and the backbone's weights. It is third-party data and stays out of the
+repository.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def main(out: Path) -> None:
         for mesh in plan.data.meshes.values():
             add(archive, inside(mesh), compact(expand(mesh)))
         add(archive, "assets.npz", assets.read_bytes())
+        assert plan.data.layouts is not None
+        add(archive, Path(plan.data.layouts).name, expand(plan.data.layouts).read_bytes())
         assert plan.data.backbone is not None
         add(archive, inside(plan.data.backbone), expand(plan.data.backbone).read_bytes())
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")

@@ -22,8 +22,11 @@ def street_stream(data: DataConfig, records: Sequence[Record]) -> Callable[..., 
     """The stream of streets, called as SceneStream; it renders into the records that are not held out."""
     if data.layouts is None:
         raise ConfigError("[street] needs data.layouts: the file that tools/make_street_layouts.py writes")
+    layouts = expand(data.layouts)
+    if not layouts.is_file():
+        raise ConfigError(f"data.layouts: {layouts} does not exist; tools/make_street_layouts.py writes it")
     frames = [record for record in records if not record.key.startswith(data.held_out)]
-    return partial(StreetStream, layouts=expand(data.layouts), frames=frames)
+    return partial(StreetStream, layouts=layouts, frames=frames)
 
 
 def street_stream_of(
