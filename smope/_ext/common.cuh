@@ -217,8 +217,10 @@ __device__ inline Spot locate(const Problem<L::kLevels>& p, long long query, int
         const float* box = p.reference + (query * L::kLevels + level) * 4;
         spot.scale_x = box[2] * (0.5f / L::kPoints) * w;
         spot.scale_y = box[3] * (0.5f / L::kPoints) * h;
-        x = fmaf(box[0], w, offset.x * spot.scale_x - 0.5f);
-        y = fmaf(box[1], h, offset.y * spot.scale_y - 0.5f);
+        // No product is left for the compiler to fuse or not: gather.cuh counts corners and places them with two copies
+        // of this code, and an odd one out would leave an entry that nobody wrote.
+        x = fmaf(box[0], w, fmaf(offset.x, spot.scale_x, -0.5f));
+        y = fmaf(box[1], h, fmaf(offset.y, spot.scale_y, -0.5f));
     } else {
         const float* point = p.reference + (query * L::kLevels + level) * 2;
         spot.scale_x = spot.scale_y = 1.f;
