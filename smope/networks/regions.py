@@ -29,10 +29,10 @@ MARGIN = 1.4  # side of the square over the longer side of the box: boxes err, a
 class ConvBlock(nn.Module):
     """Pre-activation residual convolution; the norm is over the channels of each cell."""
 
-    def __init__(self, width: int, dilation: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = NarrowLayerNorm(width)
-        self.conv = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, n, n, C]
         y = F.relu(self.norm(x)).permute(0, 3, 1, 2)
@@ -46,14 +46,14 @@ class RegionReader(nn.Module):
         sampled: int,
         cells: int,
         hidden: int = 128,
-        dilations: tuple[int, ...] = (1, 1, 3),
+        blocks: int = 3,
         steps: int = 3,
     ) -> None:
         super().__init__()
         self.cells, self.steps = cells, steps
         self.read = nn.Linear(sampled + 2, hidden)
         self.pair = nn.Linear(width + 2, 2 * hidden)
-        self.blocks = nn.ModuleList(ConvBlock(hidden, dilation) for dilation in dilations)
+        self.blocks = nn.ModuleList(ConvBlock(hidden) for _ in range(blocks))
         self.norm = NarrowLayerNorm(hidden)
         self.surface = nn.Linear(hidden, 4)
         self.trust = nn.Linear(hidden, 1)
