@@ -158,8 +158,15 @@ def test_a_second_call_is_equal_to_the_bit_and_a_batch_nearly(
 def test_load_save_load_gives_identical_tensors(model: SMOPE, lmo: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "half", dtype=torch.float16)
     stored, half = hub.load_weights(lmo), hub.load_weights(tmp_path / "half")
-    assert stored.keys() == half.keys()
-    assert all(half[name].dtype == t.dtype and torch.equal(half[name], t) for name, t in stored.items())
+    # The file is from before the region reader fitted poses; all else is as it was.
+    assert all(name.startswith("region_reader.") for name in stored.keys() ^ half.keys())
+    for name in stored.keys() & half.keys():
+        assert half[name].dtype == stored[name].dtype, name
+        assert torch.equal(half[name], stored[name]), name
+    SMOPE.from_pretrained(tmp_path / "half", device="cpu").save_pretrained(tmp_path / "twice", torch.float16)
+    twice = hub.load_weights(tmp_path / "twice")
+    assert twice.keys() == half.keys()
+    assert all(twice[name].dtype == t.dtype and torch.equal(twice[name], t) for name, t in half.items())
     model.save_pretrained(tmp_path / "whole")
     again = SMOPE.from_pretrained(tmp_path / "whole", device="cpu")
     state = again.network.state_dict()

@@ -89,7 +89,8 @@ class Curves:
             if group is losses and any(r.get(n, 0.0) > 0 for r in self.rows for n in group):
                 axes.set_yscale("symlog", linthresh=0.1)  # likelihood terms go below 0
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            if axes.lines:  # none where no value of the group was finite
+                axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.suptitle(title)
         write_atomically(self.png, lambda path: figure.savefig(path, format="png", dpi=110))
 

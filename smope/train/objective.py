@@ -191,7 +191,7 @@ class Objective:
         quality = torch.zeros_like(logits, dtype=torch.float32).flatten(2)
         quality = quality.scatter_reduce(2, match * logits.shape[-1] + labels, iou.float(), "amax")
         label = varifocal(logits.flatten(2), quality)
-        if ignored is not None:
+        if ignored is not None and ignored.shape[1]:  # a batch may have no such area
             area = share_inside(cxcywh_to_xyxy(boxes.detach())[..., None, :], ignored[None, :, None])
             judged = area.amax(-1) < _IGNORED_SHARE  # [L, B, Q]
             judged = judged.scatter_reduce(2, match, present.expand_as(match), "amax")

@@ -65,7 +65,6 @@ class GuardedAdamW:
         self._parameters = [p for group in self.adamw.param_groups for p in group["params"]]
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         self._kept: list[Tensor] = [b.clone() for b in self._buffers]
-        self._versions = [b._version for b in self._buffers]
 
     def set_factor(self, factor: float) -> float:
         """Scale every group's learning rate; gives back the full rate, for the log."""
@@ -86,9 +85,7 @@ class GuardedAdamW:
 
     @torch.no_grad()
     def _guard_buffers(self, bad: Tensor) -> None:
-        # PyTorch counts the writes to a tensor, those of compiled graphs too. Norms on stored statistics make
-        # none: there is nothing to guard, and hundreds of small operations are left out.
-        if [b._version for b in self._buffers] == self._versions:
+        if not self._buffers:
             return
         flat = torch.cat([b.reshape(-1) for b in self._buffers])
         kept = torch.cat([b.reshape(-1) for b in self._kept])
@@ -96,7 +93,6 @@ class GuardedAdamW:
         values = [part.view_as(buffer) for part, buffer in zip(chosen, self._buffers, strict=True)]
         torch._foreach_copy_(self._buffers, values)
         torch._foreach_copy_(self._kept, values)
-        self._versions = [b._version for b in self._buffers]
 
     def state_dict(self) -> dict[str, Any]:
         return self.adamw.state_dict()
@@ -113,4 +109,3 @@ class GuardedAdamW:
         """Take the buffers as they are now for good ones: after weights were loaded."""
         if self._buffers:
             torch._foreach_copy_(self._kept, self._buffers)
-            self._versions = [b._version for b in self._buffers]
