@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -131,10 +132,12 @@ def test_interrupt_saves_and_the_run_can_go_on(
 
 def test_two_processes_keep_equal_weights_and_see_different_data(tmp_path: Path) -> None:
     out = tmp_path / "two"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     common = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29541",
+        "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     processes = [start_toy(out, 0.0, 1e9, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
