@@ -30,7 +30,7 @@ class Raster:
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        return self.face >= 0  # type: ignore[no-any-return]
+        return self.face >= 0  # type: ignore[no-any-return]  # NumPy's comparisons are Any
 
 
 def rasterise(
@@ -81,7 +81,7 @@ def barycentric(pixels: FloatArray, triangles: FloatArray, z: FloatArray) -> Flo
     edges = np.roll(triangles, -1, axis=1) - pixels[:, None], np.roll(triangles, -2, axis=1) - pixels[:, None]
     areas = edges[0][..., 0] * edges[1][..., 1] - edges[0][..., 1] * edges[1][..., 0]  # [N, 3] twice, signed
     weights = np.clip(areas / areas.sum(axis=1, keepdims=True), 0.0, 1.0) / z
-    return weights / weights.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]
+    return weights / weights.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]  # so is its division
 
 
 def _inverse_depth_planes(triangles: FloatArray, inverse: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:

@@ -76,7 +76,7 @@ class SceneStream:
     @classmethod
     def from_assets(cls, path: Path | str, **options: object) -> SceneStream:
         """A stream from a file that `prepare_assets` wrote; options as for the constructor."""
-        return cls((), assets=SceneAssets.load(path), **options)  # type: ignore[arg-type]
+        return cls((), assets=SceneAssets.load(path), **options)  # type: ignore[arg-type]  # checked there
 
     def _new_sampler(self, assets: SceneAssets) -> Sampler:
         return SceneSampler(

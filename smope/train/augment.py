@@ -167,7 +167,7 @@ def concatenated(batches: list[Batch]) -> Batch:
         known = [batch.with_surfaces() for batch in filled]
         columns |= {name: torch.cat([getattr(b, name) for b in known]) for name in ("instance", "depth")}
     if all(batch.full_masks is not None for batch in batches):
-        columns["full_masks"] = torch.cat([batch.full_masks for batch in filled])  # type: ignore[misc]
+        columns["full_masks"] = torch.cat([batch.full_masks for batch in filled])  # type: ignore[misc]  # none is None
     return Batch(**columns)
 
 
