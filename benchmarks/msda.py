@@ -37,34 +37,24 @@ from smope.ops import build, ms_deform_attn
 Kinds = tuple[torch.dtype, torch.dtype]  # of value and of offsets
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SECONDS = 0.25  # of repeats, for one figure
-# Settings of the kernels' sources that were tried, by the cases that they concern: what nvcc is told.
+# Settings of the kernels' sources to try, by the cases that they concern: what nvcc is told.
 VARIANTS: dict[str, list[str]] = {
     "as it is": [],
-    "encoder: tile 2 blocks, forward clamped 4": [
+    "training encoder: tile 2 blocks": ["-DSMOPE_TILE_BLOCKS=2"],
+    "training encoder: tile 3 blocks": ["-DSMOPE_TILE_BLOCKS=3"],
+    "encoder: grad_output in shared memory in 16 bit": ["-DSMOPE_TILE_NARROW"],
+    "encoder: the same, tile 16x8": [
+        "-DSMOPE_TILE_NARROW",
+        "-DSMOPE_TILE_WIDTH=16",
         "-DSMOPE_TILE_BLOCKS=2",
-        "-DSMOPE_FORWARD_CLAMP",
-        "-DSMOPE_FORWARD_BLOCKS=4",
+        "-DSMOPE_TILE_CELLS=4096",
     ],
-    "encoder: tile 4 blocks, forward clamped 5": [
-        "-DSMOPE_TILE_BLOCKS=4",
-        "-DSMOPE_TILE_CHUNKS=1280",
-        "-DSMOPE_TILE_CELLS=2048",
-        "-DSMOPE_FORWARD_CLAMP",
-        "-DSMOPE_FORWARD_BLOCKS=5",
-    ],
-    "encoder: tile 8x4, forward 5": [
-        "-DSMOPE_TILE_HEIGHT=4",
-        "-DSMOPE_TILE_BLOCKS=6",
-        "-DSMOPE_TILE_CELLS=1792",
-        "-DSMOPE_FORWARD_BLOCKS=5",
-    ],
-    "decoder: never split": ["-DSMOPE_SCARCE=0"],
-    "decoder: split in 2": ["-DSMOPE_SPLIT=2", "-DSMOPE_SCARCE=524288"],
-    "decoder: split in 4": ["-DSMOPE_SPLIT=4", "-DSMOPE_SCARCE=524288"],
-    "decoder: split in 8": ["-DSMOPE_SPLIT=8", "-DSMOPE_SCARCE=524288"],
-    "decoder: never gathered": ["-DSMOPE_GATHER_QUERIES=0"],
-    "decoder: gathered by 2 blocks": ["-DSMOPE_GATHER_BLOCKS=2"],
-    "decoder: gathered by 8 blocks": ["-DSMOPE_GATHER_BLOCKS=8"],
+    "encoder: forward 4 blocks": ["-DSMOPE_FORWARD_BLOCKS=4"],
+    "decoder: split in 8": ["-DSMOPE_SPLIT=8"],
+    "decoder: never gathered": ["-DSMOPE_GATHER_BATCH=1073741824"],
+    "decoder: always gathered": ["-DSMOPE_GATHER_BATCH=1"],
+    "decoder: gathered by 4 blocks": ["-DSMOPE_GATHER_BATCH=1", "-DSMOPE_GATHER_BLOCKS=4"],
+    "decoder: gathered by 16 blocks": ["-DSMOPE_GATHER_BATCH=1", "-DSMOPE_GATHER_BLOCKS=16"],
 }
 
 

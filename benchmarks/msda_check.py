@@ -54,6 +54,15 @@ def check() -> bool:
     # Points on a cell border flip in float32: a few cells' gradients differ whatever is done.
     judge("gradient of reference", relative(own, want) < 5e-3, f"{relative(own, want):.1e}")
 
+    flat = [side for shape in SMALL for side in shape]
+    rules = ("test_schema", "test_autograd_registration", "test_faketensor")
+    operator = torch.ops.smope.ms_deform_attn.default
+    found_rules = torch.library.opcheck(operator, (args[0], flat, *args[2:]), test_utils=rules)
+    judge("torch.library's rules", set(found_rules.values()) == {"SUCCESS"}, str(found_rules))
+    node = ms_deform_attn(*args).grad_fn
+    name = node.name() if node is not None else "none"
+    judge("autograd in C++", "smope::Attention" in name, name)
+
     compiled = torch.compile(lambda *t: ms_deform_attn(t[0], SMALL, *t[1:]), fullgraph=True)
     got = gradients(lambda v, s, *t: compiled(v, *t), x)
     judge("torch.compile", all(relative(a, b.double()) < 1e-4 for a, b in zip(got, wanted, strict=True)))

@@ -15,17 +15,20 @@ NVCC = shutil.which("nvcc")
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize(
-    ("arch", "value", "offset", "extra"),
+    ("arch", "levels", "value", "offset", "extra"),
     [
-        ("75", "F16", "float", []),
-        ("80", "BF16", "BF16", []),
-        ("89", "float", "float", []),
-        ("90", "float", "float", ["-DSMOPE_PORTABLE"]),  # without sm_90's own instructions
-        ("90", "BF16", "BF16", []),
+        ("75", 4, "F16", "float", []),
+        ("80", 4, "BF16", "BF16", []),
+        ("89", 4, "float", "float", []),
+        ("90", 4, "float", "float", ["-DSMOPE_PORTABLE"]),  # without sm_90's own instructions
+        ("90", 4, "BF16", "BF16", []),
+        ("90", 3, "BF16", "BF16", []),
     ],
 )
-def test_kernels_compile(arch: str, value: str, offset: str, extra: list[str], tmp_path: Path) -> None:
-    sizes = ["-DSMOPE_HEADS=8", "-DSMOPE_HEAD=32", "-DSMOPE_LEVELS=4", "-DSMOPE_POINTS=4"]
+def test_kernels_compile(
+    arch: str, levels: int, value: str, offset: str, extra: list[str], tmp_path: Path
+) -> None:
+    sizes = ["-DSMOPE_HEADS=8", "-DSMOPE_HEAD=32", f"-DSMOPE_LEVELS={levels}", "-DSMOPE_POINTS=4"]
     types = [f"-DSMOPE_VALUE={value}", f"-DSMOPE_OFFSET={offset}"]
     target = [
         "-std=c++17",
@@ -43,6 +46,7 @@ def test_kernels_compile(arch: str, value: str, offset: str, extra: list[str], t
     )
     assert len(spills) == report.count("Compiling entry function") > 0
     for name, stores in spills.items():
-        # The tiled kernel puts away what its inner loop does not need, so that more blocks run at a time.
-        assert int(stores) <= (512 if "tile_kernel" in name else 0), name
+        # With 3 levels the tiled kernel puts away what its inner loop does not need, for more blocks.
+        most = 0 if "tile_kernel" not in name else 512 if levels == 3 else 64
+        assert int(stores) <= most, name
     assert "warning" not in report, report

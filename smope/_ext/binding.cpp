@@ -12,6 +12,8 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
+
 namespace {
 
 using at::Tensor;
@@ -19,7 +21,7 @@ using at::Tensor;
 using Forward = int (*)(int, int, int, const int*, const void*, const float*, const void*, const void*, void*, void*);
 using Backward = int (*)(int, int, int, const int*, const void*, const float*, const void*, const void*, const void*,
                          void*, void*, void*, int, const float*, void*, int, void*);
-using Scratch = long long (*)(int, const int*, int);
+using Scratch = long long (*)(int, int, const int*, int);
 struct Kernels {
     Forward forward;
     Backward backward;
@@ -108,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     Tensor largest, scratch;
     if (deterministic) largest = given.abs().max().to(at::kFloat);
     int images = call.batch;
-    if (const int64_t bytes = call.kernels.scratch(call.queries, call.shapes.data(), deterministic)) {
+    if (const int64_t bytes = call.kernels.scratch(call.batch, call.queries, call.shapes.data(), deterministic)) {
         images = static_cast<int>(std::clamp<int64_t>((int64_t{64} << 20) / bytes, 1, call.batch));  // at most 64 MiB
         scratch = at::empty({images * bytes}, call.value.options().dtype(at::kByte));
     }
@@ -136,3 +138,5 @@ TORCH_LIBRARY_IMPL(smope, CUDA, m) {
     m.impl("ms_deform_attn", forward);
     m.impl("ms_deform_attn_backward", backward);
 }
+
+TORCH_LIBRARY_IMPL(smope, AutogradCUDA, m) { m.impl("ms_deform_attn", smope::attend); }

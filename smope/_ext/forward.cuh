@@ -6,7 +6,7 @@
 namespace smope {
 
 #ifndef SMOPE_FORWARD_BLOCKS  // of a multiprocessor, at least
-#define SMOPE_FORWARD_BLOCKS (sizeof(typename L::Value) == 4 ? 4 : 3)
+#define SMOPE_FORWARD_BLOCKS (sizeof(typename L::Value) == 4 ? 5 : 3)
 #endif
 
 template <class L>
@@ -41,13 +41,6 @@ __global__ void __launch_bounds__(256, SMOPE_FORWARD_BLOCKS)
                 const Spot spot = locate<L>(p, row, mine / L::kPoints, load_pair(offsets + 2 * mine));
                 const float down = weight[i] * spot.ly, up = weight[i] - down;
                 cell = spot.cell;
-#ifdef SMOPE_FORWARD_CLAMP
-                const int level = mine / L::kPoints;
-                const int x = min(max(spot.column, 0), p.width[level] - 1), y = min(max(spot.row, 0), p.height[level] - 1);
-                const unsigned more = ((spot.corners & 3) == 3 || (spot.corners & 12) == 12 ? 1u << 30 : 0u) |
-                                      ((spot.corners & 5) == 5 || (spot.corners & 10) == 10 ? 1u << 31 : 0u);
-                cell = static_cast<int>(static_cast<unsigned>(p.start[level] + y * p.width[level] + x) | more);
-#endif
                 corner[0] = spot.corners & 1 ? up - up * spot.lx : 0.f;
                 corner[1] = spot.corners & 2 ? up * spot.lx : 0.f;
                 corner[2] = spot.corners & 4 ? down - down * spot.lx : 0.f;
@@ -60,16 +53,6 @@ __global__ void __launch_bounds__(256, SMOPE_FORWARD_BLOCKS)
                 float w[4];
 #pragma unroll
                 for (int c = 0; c < 4; ++c) w[c] = __shfl_sync(kAllLanes, corner[c], j, L::kLanes);
-#ifdef SMOPE_FORWARD_CLAMP
-                const unsigned where = __shfl_sync(kAllLanes, static_cast<unsigned>(cell), j, L::kLanes);
-                const Value* at = value + static_cast<long long>(where & 0x3fffffffu) * L::kStride;
-                const int right = where >> 30 & 1 ? L::kStride : 0;
-                const Value* below = at + (where >> 31 ? static_cast<long long>(p.width[sample / L::kPoints]) * L::kStride : 0);
-                raw[0] = *reinterpret_cast<const uint4*>(at);
-                raw[1] = *reinterpret_cast<const uint4*>(at + right);
-                raw[2] = *reinterpret_cast<const uint4*>(below);
-                raw[3] = *reinterpret_cast<const uint4*>(below + right);
-#else
                 const Value* at =
                     value + static_cast<long long>(__shfl_sync(kAllLanes, cell, j, L::kLanes)) * L::kStride;
                 const Value* below = at + static_cast<long long>(p.width[sample / L::kPoints]) * L::kStride;
@@ -77,7 +60,6 @@ __global__ void __launch_bounds__(256, SMOPE_FORWARD_BLOCKS)
                 if (w[1] != 0.f) raw[1] = *reinterpret_cast<const uint4*>(at + L::kStride);
                 if (w[2] != 0.f) raw[2] = *reinterpret_cast<const uint4*>(below);
                 if (w[3] != 0.f) raw[3] = *reinterpret_cast<const uint4*>(below + L::kStride);
-#endif
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
                     float x[L::kVec];

@@ -1,6 +1,6 @@
 // Gradient of value where queries are few beside the cells (a decoder), without additions to memory: a block takes one
-// head of one image and a range of its cells, lists the corners that fall into each cell (sorted by counting in shared
-// memory), and writes every cell's sum, rounded once. The other gradients come from backward_kernel.
+// head of one image and a range of a level's cells, lists the corners that fall into each cell (sorted by counting in
+// shared memory), and writes every cell's sum, rounded once. The other gradients come from backward_kernel.
 #pragma once
 
 #include "backward.cuh"
@@ -16,53 +16,52 @@ template <class L>
 struct Gather {
     static constexpr int kThreads = 256, kWarps = kThreads / 32;
     static constexpr int kMostCells = 8192;  // of a range: counters in shared memory
-    static constexpr bool kExists = L::kLevels <= 8 && L::kPoints <= 8;
 };
 
-// Calls use(query, level, point, corner, spot, cell) for each corner, of the image's head, that lies in its level.
+// Calls use(query, spot, point) for the level's points of the image's head, `begin` before those of a query.
 template <class L, class Use>
-__device__ inline void each_corner(const Problem<L::kLevels>& p, int batch, int head, const Use& use) {
+__device__ inline void each_point(const Problem<L::kLevels>& p, int batch, int head, int level, const Use& use) {
     using Offset = typename L::Offset;
-    for (int task = threadIdx.x; task < p.queries * L::kLevels; task += blockDim.x) {
-        const int query = task / L::kLevels, level = task % L::kLevels;
+    for (int query = threadIdx.x; query < p.queries; query += blockDim.x) {
         const long long row = static_cast<long long>(batch) * p.queries + query;
         const long long sample = (row * L::kHeads + head) * L::kSamples + level * L::kPoints;
         float moved[2 * L::kPoints];
         load_run(static_cast<const Offset*>(p.offsets) + 2 * sample, moved);
-        use.begin(row, level);
+        use.begin(row);
 #pragma unroll
-        for (int k = 0; k < L::kPoints; ++k) {
-            const Spot spot = locate<L>(p, row, level, make_float2(moved[2 * k], moved[2 * k + 1]));
-#pragma unroll
-            for (int c = 0; c < 4; ++c)
-                if (spot.corners >> c & 1) use(query, k, c, spot, spot.cell + c % 2 + c / 2 * p.width[level]);
-        }
+        for (int k = 0; k < L::kPoints; ++k)
+            use(query, locate<L>(p, row, level, make_float2(moved[2 * k], moved[2 * k + 1])), k);
     }
 }
 
 template <class L>
 struct CountCorners {
     unsigned* counts;
-    int low, high;
-    unsigned& before;  // corners in lower cells
-    __device__ void begin(long long, int) const {}
-    __device__ void operator()(int, int, int, const Spot&, int cell) const {
-        if (cell < low)
-            ++before;
-        else if (cell < high)
-            atomicAdd(counts + (cell - low), 1u);
+    int low, high, width;
+    unsigned& before;  // corners in lower cells of the level
+    __device__ void begin(long long) const {}
+    __device__ void operator()(int, const Spot& spot, int) const {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int cell = spot.cell + c % 2 + c / 2 * width;
+            if (!(spot.corners >> c & 1) || cell >= high) continue;
+            if (cell < low)
+                ++before;
+            else
+                atomicAdd(counts + (cell - low), 1u);
+        }
     }
 };
 
 template <class L>
 struct ListCorners {
     unsigned* counts;  // of each cell, where the next corner goes
-    int low, high;
+    int low, high, width;
     Entry* list;
     const Problem<L::kLevels>& p;
-    int head;
+    int head, level;
     float (&weight)[L::kPoints];
-    __device__ void begin(long long row, int level) const {  // the softmax
+    __device__ void begin(long long row) const {  // the softmax
         using Offset = typename L::Offset;
         const Offset* logits = static_cast<const Offset*>(p.logits) + (row * L::kHeads + head) * L::kSamples;
         float top = -__int_as_float(0x7f800000), sum = 0.f;
@@ -81,10 +80,14 @@ struct ListCorners {
 #pragma unroll
         for (int k = 0; k < L::kPoints; ++k) weight[k] = __expf(weight[k] - top) / sum;
     }
-    __device__ void operator()(int query, int k, int c, const Spot& spot, int cell) const {
-        if (cell < low || cell >= high) return;
-        const float x = c % 2 ? spot.lx : 1.f - spot.lx, y = c / 2 ? spot.ly : 1.f - spot.ly;
-        list[atomicAdd(counts + (cell - low), 1u)] = Entry{weight[k] * x * y, query};
+    __device__ void operator()(int query, const Spot& spot, int k) const {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int cell = spot.cell + c % 2 + c / 2 * width;
+            if (!(spot.corners >> c & 1) || cell < low || cell >= high) continue;
+            const float x = c % 2 ? spot.lx : 1.f - spot.lx, y = c / 2 ? spot.ly : 1.f - spot.ly;
+            list[atomicAdd(counts + (cell - low), 1u)] = Entry{weight[k] * x * y, query};
+        }
     }
 };
 
@@ -92,20 +95,23 @@ struct ListCorners {
 template <class L>
 __global__ void __launch_bounds__(Gather<L>::kThreads, 4)
     gather_kernel(const __grid_constant__ Problem<L::kLevels> p,
-                  const __grid_constant__ Gradients<typename L::Value> grad, Entry* entries, int range) {
+                  const __grid_constant__ Gradients<typename L::Value> grad, Entry* entries) {
     using Value = typename L::Value;
     using G = Gather<L>;
     SMOPE_DYNAMIC_SHARED(memory);
+    const int level = blockIdx.x % L::kLevels, part = blockIdx.x / L::kLevels, parts = gridDim.x / L::kLevels;
+    const int width = p.width[level], whole = p.height[level] * width, range = (whole + parts - 1) / parts;
+    const int low = p.start[level] + min(part * range, whole), high = min(low + range, p.start[level] + whole);
+    const int cells = high - low;
     unsigned* counts = reinterpret_cast<unsigned*>(memory);  // [range], then [2][kWarps]
     unsigned* totals = counts + range;
     const int head = blockIdx.y, warp = threadIdx.x / 32;
-    const int low = blockIdx.x * range, high = min(low + range, static_cast<int>(p.cells)), cells = high - low;
 
     for (int batch = blockIdx.z; batch < p.batch; batch += gridDim.z) {
         for (int i = threadIdx.x; i < cells; i += G::kThreads) counts[i] = 0;
         __syncthreads();
         unsigned lower = 0;
-        each_corner<L>(p, batch, head, CountCorners<L>{counts, low, high, lower});
+        each_point<L>(p, batch, head, level, CountCorners<L>{counts, low, high, width, lower});
         __syncthreads();
 
         // From counts to where each cell's corners begin.
@@ -136,9 +142,9 @@ __global__ void __launch_bounds__(Gather<L>::kThreads, 4)
         }
         __syncthreads();
         const long long pair = static_cast<long long>(batch) * L::kHeads + head;
-        Entry* list = entries + pair * p.queries * L::kSamples * 4 + lower;
+        Entry* list = entries + (pair * L::kLevels + level) * p.queries * L::kPoints * 4 + lower;
         float weight[L::kPoints];
-        each_corner<L>(p, batch, head, ListCorners<L>{counts, low, high, list, p, head, weight});
+        each_point<L>(p, batch, head, level, ListCorners<L>{counts, low, high, width, list, p, head, level, weight});
         __syncthreads();  // now counts[i] is where cell i ends
 
         const int lane = threadIdx.x % L::kLanes;

@@ -27,7 +27,7 @@ using Layout = Split<1>;
 #define SMOPE_SPLIT 4
 #endif
 #ifndef SMOPE_SCARCE
-#define SMOPE_SCARCE (1 << 17)
+#define SMOPE_SCARCE (sizeof(Value) == 4 ? 1 << 18 : 1 << 16)
 #endif
 constexpr int kMostSplit = Layout::kLanes * SMOPE_SPLIT <= 32 ? SMOPE_SPLIT : 32 / Layout::kLanes;
 using Tiles = smope::Tiles<SMOPE_LEVELS>;
@@ -151,11 +151,14 @@ void sweep(const Problem& p, const Gradients& grad, Value* grad_value, void* sum
 }
 
 #if SMOPE_LEVELS <= 8 && SMOPE_POINTS <= 8
-// Whether queries are so few that cells look for their corners rather than corners add to their cells.
-#ifndef SMOPE_GATHER_QUERIES
-#define SMOPE_GATHER_QUERIES 2048
+// Whether cells look for their corners rather than corners add to their cells. Additions are in float32, so in 16 bit
+// they cost a pass to clear and one to round; a single image has too few blocks to gather.
+#ifndef SMOPE_GATHER_BATCH
+#define SMOPE_GATHER_BATCH (sizeof(Value) == 4 ? 1 << 30 : 4)
 #endif
-bool gathers(const Problem& p) { return p.queries <= SMOPE_GATHER_QUERIES && p.queries * 8ll <= p.cells; }
+bool gathers(const Problem& p) {
+    return p.batch >= SMOPE_GATHER_BATCH && p.queries <= 2048 && p.queries * 8ll <= p.cells;
+}
 
 void launch_gather(const Problem& p, const Gradients& grad, void* entries, cudaStream_t stream) {
     using Gather = smope::Gather<Layout>;
@@ -163,16 +166,20 @@ void launch_gather(const Problem& p, const Gradients& grad, void* entries, cudaS
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
 #ifndef SMOPE_GATHER_BLOCKS
-#define SMOPE_GATHER_BLOCKS 4
+#define SMOPE_GATHER_BLOCKS 8
 #endif
-    // About as many blocks as run at a time.
-    const long long wanted = SMOPE_GATHER_BLOCKS * processors / (static_cast<long long>(p.batch) * Layout::kHeads);
-    const int cells = static_cast<int>(p.cells), least = smope::ceil_div(cells, Gather::kMostCells);
-    const int range = smope::ceil_div(cells, wanted > least ? static_cast<int>(wanted) : least);
-    const dim3 grid(smope::ceil_div(cells, range), Layout::kHeads, batch_blocks(p));
-    const int bytes = (range + 2 * Gather::kWarps) * sizeof(unsigned) + sizeof(float4);
+    // About as many blocks as run at a time; each level has its share, because each has as many corners.
+    const long long pairs = static_cast<long long>(p.batch) * Layout::kHeads * SMOPE_LEVELS;
+    int most = 0;  // cells of a level
+    for (int level = 0; level < SMOPE_LEVELS; ++level)
+        most = p.height[level] * p.width[level] > most ? p.height[level] * p.width[level] : most;
+    const int wanted = static_cast<int>(SMOPE_GATHER_BLOCKS * processors / pairs);
+    const int least = smope::ceil_div(most, Gather::kMostCells);
+    const int ranges = wanted > least ? wanted : least;
+    const dim3 grid(ranges * SMOPE_LEVELS, Layout::kHeads, batch_blocks(p));
+    const int bytes = (smope::ceil_div(most, ranges) + 2 * Gather::kWarps) * sizeof(unsigned) + sizeof(float4);
     auto kernel = smope::gather_kernel<Layout>;
-    SMOPE_LAUNCH(kernel, grid, Gather::kThreads, bytes, stream, p, grad, static_cast<smope::Entry*>(entries), range);
+    SMOPE_LAUNCH(kernel, grid, Gather::kThreads, bytes, stream, p, grad, static_cast<smope::Entry*>(entries));
 }
 #else
 bool gathers(const Problem&) { return false; }
@@ -186,7 +193,7 @@ void gather(const Problem& p, const Gradients& grad, Value* grad_value, void* en
         Gradients out = slice(p, grad, first);
         out.value = grad_value + first * p.cells * Layout::kStride;
         launch_gather(part, out, entries, stream);
-        if (scarce(p))
+        if (scarce(part))
             launch_backward<smope::Nothing, kMostSplit>(part, out, 64, stream);
         else
             launch_backward<smope::Nothing, 1>(part, out, 128, stream);
@@ -209,8 +216,8 @@ int smope_msda_forward(int batch, int queries, int boxes, const int* shapes, con
 }
 
 // Bytes that the backward needs of `scratch` for each image that it takes at a time.
-long long smope_msda_scratch(int queries, const int* shapes, int deterministic) {
-    const Problem p = problem_of(1, queries, 0, shapes, nullptr, nullptr, nullptr, nullptr);
+long long smope_msda_scratch(int batch, int queries, const int* shapes, int deterministic) {
+    const Problem p = problem_of(batch, queries, 0, shapes, nullptr, nullptr, nullptr, nullptr);
     const long long values = p.cells * Layout::kStride;
     if (deterministic) return values * sizeof(long long);
     if (gathers(p)) return 4ll * Layout::kHeads * queries * Layout::kSamples * sizeof(smope::Entry);

@@ -61,12 +61,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
         const long long batch_row = static_cast<long long>(batch) * p.queries;
 
         // ---- 1. The queries' gradients, and each thread's points.
-        for (int i = threadIdx.x; i < (T::kQueries + 1) * L::kHead / 4; i += T::kThreads) {
-            const int n = i / (L::kHead / 4), channel = i % (L::kHead / 4) * 4;
+        constexpr int kPiece = Vec16<typename T::Given>::kCount;
+        for (int i = threadIdx.x; i < (T::kQueries + 1) * L::kHead / kPiece; i += T::kThreads) {
+            const int n = i / (L::kHead / kPiece), channel = i % (L::kHead / kPiece) * kPiece;
             const int query = n < T::kQueries ? query_at(n) : -1;
-            float x[4] = {};
+            float x[kPiece] = {};
             if (query >= 0) load_run(grad.output + ((batch_row + query) * L::kHeads + head) * L::kHead + channel, x);
-            store16(shared.given + i * 4, x);
+            store16(shared.given + i * kPiece, x);
         }
         for (int i = threadIdx.x; i <= T::kCells / 4; i += T::kThreads)
             reinterpret_cast<uint4*>(shared.counts)[i] = make_uint4(0, 0, 0, 0);

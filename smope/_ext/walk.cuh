@@ -36,12 +36,13 @@ struct Tile {
     static constexpr int kCorners = kQueries * L::kSamples * 4;
     static constexpr int kLanes = L::kHead / 8;  // of a group: 8 channels a lane
     static constexpr int kGroups = kThreads / kLanes;
+    // Of the settings tried (benchmarks/msda.md), the fastest; fewer levels, so more blocks of less shared memory.
 #ifndef SMOPE_TILE_CELLS
-#define SMOPE_TILE_CELLS 3072
+#define SMOPE_TILE_CELLS (L::kLevels > 3 ? 3072 : 2048)
 #endif
     static constexpr int kCells = SMOPE_TILE_CELLS;  // counters
 #ifndef SMOPE_TILE_BLOCKS
-#define SMOPE_TILE_BLOCKS (768 / kThreads)
+#define SMOPE_TILE_BLOCKS (L::kLevels > 3 ? 2 : 4)
 #endif
     static constexpr int kBlocks = kThreads <= 384 ? SMOPE_TILE_BLOCKS : 1;  // of a multiprocessor, at least
     static_assert(kQueries % 32 == 0, "a warp's threads have one level");
@@ -49,15 +50,22 @@ struct Tile {
     static_assert(kQueries < 256, "a query's number in the tile takes 8 bits");
 
 #ifndef SMOPE_TILE_CHUNKS
-#define SMOPE_TILE_CHUNKS (kCorners / 16 * 7)
+#define SMOPE_TILE_CHUNKS (L::kLevels > 3 ? kCorners / 16 * 7 : kCorners / 12 * 5)
 #endif
     static constexpr int kChunks = SMOPE_TILE_CHUNKS;  // at a time
+
+#ifdef SMOPE_TILE_NARROW  // to be measured: half the bytes of shared memory to read, more to unpack
+    using Given = typename L::Value;
+#else
+    using Given = float;
+#endif
+    static constexpr bool kWhole = sizeof(Given) == 2;  // a lane's eight channels lie side by side: one access
 
     struct Shared {
         float4 weights[kChunks];                    // of a chunk's corners; then their products
         unsigned queries[kChunks];                  // of a chunk's corners, 8 bits each
         int cells[kChunks];                         // of a chunk
-        alignas(16) float given[(kQueries + 1) * L::kHead];  // the queries' grad_output, and a row of zeros
+        alignas(16) Given given[(kQueries + 1) * L::kHead];  // the queries' grad_output, and a row of zeros
         alignas(16) unsigned counts[kCells + 4];    // counts[kCells]: corners outside the windows
         float tops[L::kLevels][kQueries], sums[L::kLevels][kQueries];  // of the softmax; sums of weight * slope
         int boxes[kWarps][8];
@@ -85,30 +93,52 @@ __device__ inline void unpack(const Four<T>& raw, float (&x)[4]) {
     }
 }
 
+// A lane's eight channels of a row, side by side or four and, `beyond` them, four.
+template <class T, bool kWhole>
+struct Eight {
+    Four<T> low, high;
+    __device__ void load(const T* at, int beyond) {
+        low = *reinterpret_cast<const Four<T>*>(at);
+        high = *reinterpret_cast<const Four<T>*>(at + beyond);
+    }
+    __device__ void get(float (&a)[4], float (&b)[4]) const {
+        unpack(low, a);
+        unpack(high, b);
+    }
+};
+template <class T>
+struct Eight<T, true> {
+    uint4 raw;
+    __device__ void load(const T* at, int) { raw = *reinterpret_cast<const uint4*>(at); }
+    __device__ void get(float (&a)[4], float (&b)[4]) const {
+        float x[8];
+        unpack(raw, x, T{});
+#pragma unroll
+        for (int k = 0; k < 4; ++k) a[k] = x[k], b[k] = x[k + 4];
+    }
+};
+
 // Step 3: each group of lanes takes the next stretch of chunks; leaves products in place of the weights.
 template <class T>
 __device__ inline void walk(const Problem<T::L::kLevels>& p, const Gradients<typename T::L::Value>& grad,
                             typename T::Shared& shared, int batch, int chunks) {
     using L = typename T::L;
     using Value = typename L::Value;
+    using Given = typename T::Given;
     const int group = threadIdx.x / T::kLanes, lane = threadIdx.x % T::kLanes;
     const int stretch = ceil_div(chunks, T::kGroups) | 1;  // odd: groups of a warp read other banks
     const int begin = group * stretch, end = min(begin + stretch, chunks);
     // A lane's channels: four of each half of the head; every other group begins with the upper half, so that two
     // groups that read together meet in no bank.
-    const int channel = 4 * lane + (group % 2) * (L::kHead / 2);
-    const int beyond = group % 2 ? -L::kHead / 2 : L::kHead / 2;  // from there to the other four
+    const int channel = T::kWhole ? 8 * lane : 4 * lane + (group % 2) * (L::kHead / 2);
+    const int beyond = T::kWhole ? 4 : group % 2 ? -L::kHead / 2 : L::kHead / 2;  // from there to the other four
     const long long first = batch * p.cells * L::kStride + static_cast<int>(blockIdx.y) * L::kHead + channel;
     const Value* value = static_cast<const Value*>(p.value) + first;
     float* grad_value = static_cast<float*>(grad.value) + first;
     const char* grad_output = reinterpret_cast<const char*>(shared.given + channel);
-    constexpr int kRow = L::kHead * sizeof(float);  // bytes, a power of two
-    Four<Value> next_low = {}, next_high = {};  // of the next chunk's row of value
-    const auto prefetch = [&](int cell) {
-        const Value* at = value + static_cast<long long>(cell) * L::kStride;
-        next_low = *reinterpret_cast<const Four<Value>*>(at);
-        next_high = *reinterpret_cast<const Four<Value>*>(at + beyond);
-    };
+    constexpr int kRow = L::kHead * sizeof(Given);  // bytes, a power of two
+    Eight<Value, T::kWhole> ahead = {};  // of the next chunk's row of value
+    const auto prefetch = [&](int cell) { ahead.load(value + static_cast<long long>(cell) * L::kStride, beyond); };
     int cell = 0;
     if (begin < end) prefetch(cell = shared.cells[begin]);
     float sum_low[4] = {}, sum_high[4] = {};  // of the cell
@@ -117,8 +147,7 @@ __device__ inline void walk(const Problem<T::L::kLevels>& p, const Gradients<typ
         float dot[4] = {};
         if (chunk < end) {
             float low[4], high[4];
-            unpack(next_low, low);
-            unpack(next_high, high);
+            ahead.get(low, high);
             const int next = chunk + 1 < end ? shared.cells[chunk + 1] : -1;
             const bool last = next != cell;  // of its cell in this stretch
             if (last && next >= 0) prefetch(next);
@@ -128,10 +157,10 @@ __device__ inline void walk(const Problem<T::L::kLevels>& p, const Gradients<typ
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const unsigned row = kRow >> 8 * j ? queries * (kRow >> 8 * j) : queries / ((1 << 8 * j) / kRow);
-                const float* given = reinterpret_cast<const float*>(grad_output + (row & 255 * kRow));
-                const float4 a = *reinterpret_cast<const float4*>(given);
-                const float4 b = *reinterpret_cast<const float4*>(given + beyond);
-                const float x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+                Eight<Given, T::kWhole> given;
+                given.load(reinterpret_cast<const Given*>(grad_output + (row & 255 * kRow)), beyond);
+                float x[4], y[4];
+                given.get(x, y);
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     dot[j] = fmaf(low[k], x[k], fmaf(high[k], y[k], dot[j]));

@@ -99,6 +99,15 @@ class Kernel:
         ]
 
 
+@functools.cache
+def kernel_for(
+    heads: int, head: int, levels: int, points: int, value: torch.dtype, offset: torch.dtype
+) -> Kernel | None:
+    """The kernel that serves these shapes and types; None if none does. Kept, because every call asks."""
+    kernel = Kernel(heads, head, levels, points, value, offset)
+    return kernel if kernel.supported else None
+
+
 def kernel_ready(kernel: Kernel, insist: bool = False) -> bool:
     """Whether the kernel is loaded; compiles it at its first use. With `insist`, raise instead of False."""
     known = _results.get(kernel)
@@ -271,7 +280,8 @@ def register(kernel: Kernel, library: ctypes.CDLL, retry: bool = False) -> None:
 def load_binding(retry: bool = False) -> ctypes.CDLL:
     import smope.ops.library  # noqa: F401  # the schemas that the binding implements
 
-    return ctypes.CDLL(str(compiled_library("msda_binding", [SOURCES / "binding.cpp"], ["-O2"], retry)))
+    sources = [SOURCES / "binding.cpp", SOURCES / "autograd.h"]
+    return ctypes.CDLL(str(compiled_library("msda_binding", sources, ["-O2"], retry)))
 
 
 def architecture_flags() -> list[str]:

@@ -30,6 +30,10 @@ _library.define(
     "ms_deform_attn_backward(Tensor grad_output, Tensor value, int[] spatial_shapes, Tensor reference, "
     "Tensor offsets, Tensor logits, bool in_cells) -> (Tensor, Tensor, Tensor)"
 )
+_library.define(
+    "ms_deform_attn_from_cells(Tensor grad_cells, int[] spatial_shapes, Tensor reference, Tensor offsets) "
+    "-> (Tensor, Tensor)"
+)
 
 
 def pairs(flat: list[int]) -> Shapes:
@@ -117,15 +121,15 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     )
     grad_reference = None
     if of_reference:
-        grad_offsets, grad_reference = from_cells(grad_offsets, pairs(ctx.spatial_shapes), reference, offsets)
+        grad_offsets, grad_reference = from_cells(grad_offsets, ctx.spatial_shapes, reference, offsets)
     return grad_value, None, grad_reference, grad_offsets, grad_logits
 
 
 def from_cells(
-    grad_cells: Tensor, spatial_shapes: Shapes, reference: Tensor, offsets: Tensor
+    grad_cells: Tensor, spatial_shapes: list[int], reference: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of offsets and of reference from that of the locations in cells, [B, Q, H, L, P, 2]."""
-    sizes = level_sizes(spatial_shapes, grad_cells)  # [L, 2]
+    sizes = level_sizes(pairs(spatial_shapes), grad_cells)  # [L, 2]
     grad_xy = grad_cells.sum(dim=(2, 4)) * sizes  # [B, Q, L, 2]
     if reference.shape[-1] == 2:
         return grad_cells.to(offsets.dtype), grad_xy.to(reference.dtype)
@@ -135,9 +139,11 @@ def from_cells(
     return grad_offsets.to(offsets.dtype), torch.cat([grad_xy, grad_sides], dim=-1).to(reference.dtype)
 
 
+# Of CUDA tensors smope/_ext/autograd.h does the same, in less time; it calls from_cells by its name.
 torch.library.register_autograd(
     "smope::ms_deform_attn", _backward, setup_context=_save_for_backward, lib=_library
 )
+_library.impl("ms_deform_attn_from_cells", from_cells, "CompositeImplicitAutograd")
 
 
 def ms_deform_attn_operator(
@@ -146,7 +152,15 @@ def ms_deform_attn_operator(
     """The operator; brings offsets and logits to one type (value's or float32) and reference to float32."""
     flat = [side for shape in spatial_shapes for side in shape]
     kind = offset_dtype(value.dtype, offsets.dtype, logits.dtype)
-    return torch.ops.smope.ms_deform_attn(value, flat, reference.float(), offsets.to(kind), logits.to(kind))
+    return _attend(value, flat, typed(reference, torch.float32), typed(offsets, kind), typed(logits, kind))
+
+
+_attend = torch.ops.smope.ms_deform_attn.default
+
+
+def typed(tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """`tensor.to(kind)`, without the microsecond that this takes where nothing is to do."""
+    return tensor if tensor.dtype == kind else tensor.to(kind)
 
 
 def offset_dtype(value: torch.dtype, offsets: torch.dtype, logits: torch.dtype) -> torch.dtype:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smope.ops import build
+
 Shapes = tuple[tuple[int, int], ...]
 
 
@@ -36,6 +38,7 @@ def ms_deform_attn(
     """
     check_arguments(value, spatial_shapes, reference, offsets, logits)
     if not _exporting():
+        # Here, because that module needs this one.
         from smope.ops.library import ms_deform_attn_operator, offset_dtype
 
         kind = offset_dtype(value.dtype, offsets.dtype, logits.dtype)
@@ -54,25 +57,26 @@ def _takes_kernel(
         raise ValueError(f"SMOPE_MSDA={mode!r}: expected auto, cuda, cpu or torch")
     if mode == "torch" or device not in ("cuda", "cpu"):
         return False
-    from smope.ops.build import Kernel, KernelUnavailable, cpu_kernel_ready, kernel_ready
-
     if device == "cpu":
-        return value == torch.float32 and cpu_kernel_ready(insist=mode == "cpu")
-    kernel = Kernel(heads, head, levels, points, value, offset)
-    if kernel.supported:
-        return kernel_ready(kernel, insist=mode == "cuda")
+        return value == torch.float32 and build.cpu_kernel_ready(insist=mode == "cpu")
+    kernel = build.kernel_for(heads, head, levels, points, value, offset)
+    if kernel is not None:
+        return build.kernel_ready(kernel, insist=mode == "cuda")
     if mode == "cuda":
-        raise KernelUnavailable(
-            f"SMOPE_MSDA=cuda, but no kernel exists for {kernel}: expected a head size that is a multiple of "
+        raise build.KernelUnavailable(
+            f"SMOPE_MSDA=cuda, but no kernel exists for {heads} heads of {head} channels, {levels} levels, "
+            f"{value} values and {offset} offsets: expected a head size that is a multiple of "
             "8 up to 128, at most 32 levels and float32, float16 or bfloat16; use SMOPE_MSDA=auto"
         )
     return False
 
 
 def _exporting() -> bool:
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing():  # as ONNX's older exporter does; its newer one exports
         return True
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return torch.onnx.is_in_onnx_export()
 
 
 # torch.compile asks both once, while it traces, and runs them instead of reading them: Dynamo of torch 2.11
@@ -146,14 +150,15 @@ def check_arguments(
     value: Tensor, spatial_shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> None:
     """Refuse shapes that do not belong together, saying which and what was expected."""
-    if value.dim() != 4 or logits.dim() != 5:
+    if len(value.shape) != 4 or len(logits.shape) != 5:
         raise ValueError(
             f"ms_deform_attn: value has shape {tuple(value.shape)} and logits {tuple(logits.shape)}; "
             "expected [B, S, H, D] and [B, Q, H, L, P]"
         )
     batch, cells, heads, _ = value.shape
-    _, queries, _, levels, points = logits.shape
-    if tuple(logits.shape) != (batch, queries, heads, len(spatial_shapes), points):
+    attended = logits.shape
+    _, queries, _, levels, points = attended
+    if attended != (batch, queries, heads, len(spatial_shapes), points):
         raise ValueError(
             f"ms_deform_attn: logits have shape {tuple(logits.shape)}; with value {tuple(value.shape)} and "
             f"{len(spatial_shapes)} levels expected [{batch}, Q, {heads}, {len(spatial_shapes)}, P]"
@@ -163,12 +168,12 @@ def check_arguments(
             f"ms_deform_attn: value holds {cells} cells, but the levels {spatial_shapes} have "
             f"{sum(h * w for h, w in spatial_shapes)}; pass the levels' sizes as (height, width)"
         )
-    if tuple(offsets.shape) != (*logits.shape, 2):
+    if offsets.shape != (*attended, 2):
         raise ValueError(
             f"ms_deform_attn: offsets have shape {tuple(offsets.shape)}, expected {(*logits.shape, 2)}, "
             "that is logits' shape and (x, y)"
         )
-    if tuple(reference.shape) not in ((batch, queries, levels, 2), (batch, queries, levels, 4)):
+    if reference.shape not in ((batch, queries, levels, 2), (batch, queries, levels, 4)):
         raise ValueError(
             f"ms_deform_attn: reference has shape {tuple(reference.shape)}, expected "
             f"[{batch}, {queries}, {levels}, 2] (points) or [{batch}, {queries}, {levels}, 4] (boxes)"
