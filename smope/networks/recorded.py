@@ -25,4 +25,6 @@ def whole_steps(whole: bool = True) -> Iterator[None]:
 
 
 def recorded_whole() -> bool:
+    if torch.compiler.is_dynamo_compiling():  # which fuses steps itself, and whose graph a ContextVar would end
+        return False
     return _whole.get() and not torch.is_grad_enabled()
