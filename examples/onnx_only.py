@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-THRESHOLD, OVERLAP_OF_ONE = 0.3, 0.7
+THRESHOLD, OVERLAP_OF_ONE = 0.5, 0.7
 
 
 def fit(photo, K, width, height):

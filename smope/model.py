@@ -33,6 +33,7 @@ from smope.architectures import (
 from smope.authors_models import read_authors_model
 from smope.camera_arguments import cameras_from
 from smope.config import ModelConfig
+from smope.defaults import LOWEST_SCORE, TOP_K
 from smope.files import write_atomically
 from smope.images import load_image, load_images
 from smope.inference.engine import Engine
@@ -271,8 +272,8 @@ class SMOPE:
         K: Any = None,
         fov: Any = None,
         dist: Any = None,
-        threshold: float = 0.3,
-        top_k: int = 32,
+        threshold: float = LOWEST_SCORE,
+        top_k: int = TOP_K,
     ) -> Any:
         """Find the registered objects: one image gives one `Poses`, a list gives a list.
 

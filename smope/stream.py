@@ -18,6 +18,7 @@ from torch import Tensor
 
 from smope.camera import Camera, CameraError
 from smope.camera_arguments import cameras_from
+from smope.defaults import LOWEST_SCORE, TOP_K
 from smope.images import ImageError, load_image
 from smope.poses import Poses
 
@@ -49,8 +50,8 @@ def stream(
     K: Any = None,
     fov: float | None = None,
     dist: Any = None,
-    threshold: float = 0.3,
-    top_k: int = 32,
+    threshold: float = LOWEST_SCORE,
+    top_k: int = TOP_K,
     batch_size: int | None = None,
     workers: int | None = None,
 ) -> Generator[Streamed, None, None]:

@@ -24,6 +24,7 @@ from small_model import K, noise, small_model, thin_backbone
 
 from smope import SMOPE, Camera, Poses, cli
 from smope.architectures import find
+from smope.defaults import LOWEST_SCORE
 from smope.export import ExportError, export_model
 from smope.export.network import OUTPUTS
 from smope.images import load_image
@@ -180,8 +181,8 @@ def run_example(model: Path, photo: Path, intrinsics: torch.Tensor) -> list[tupl
 
 
 def same_objects(found: list[tuple[str, float, np.ndarray]], poses: Poses) -> None:
-    sure = [i for i in range(len(poses)) if abs(float(poses.scores[i]) - 0.3) > 1e-3]
-    told = [one for one in found if abs(one[1] - 0.3) > 1e-3]
+    sure = [i for i in range(len(poses)) if abs(float(poses.scores[i]) - LOWEST_SCORE) > 1e-3]
+    told = [one for one in found if abs(one[1] - LOWEST_SCORE) > 1e-3]
     assert sorted(one[0] for one in told) == sorted(poses.names[i] for i in sure)
     for i in sure:
         errors = [

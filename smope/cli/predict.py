@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from smope.cli import common
 from smope.cli.common import Units, UsageError
 from smope.cli.many import predict_into_file
+from smope.defaults import LOWEST_SCORE, TOP_K
 
 if TYPE_CHECKING:
     from smope.model import SMOPE
@@ -69,9 +70,9 @@ class Predict:
     """Of the meshes; required with them."""
     symmetries: Literal["auto"] | None = None
     """auto: find those of the meshes from their geometry."""
-    threshold: float = 0.3
+    threshold: float = LOWEST_SCORE
     """Lowest score that is reported."""
-    top_k: int = 32
+    top_k: int = TOP_K
     """At most so many objects in a photo."""
     out: Path = Path("poses")
     """Folder of the results, or a file NAME.jsonl for a line an image."""

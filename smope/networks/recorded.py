@@ -25,6 +25,7 @@ def whole_steps(whole: bool = True) -> Iterator[None]:
 
 
 def recorded_whole() -> bool:
-    if torch.compiler.is_dynamo_compiling():  # which fuses steps itself, and whose graph a ContextVar would end
+    # A compiler fuses steps itself, and a ContextVar would end its graph.
+    if torch.compiler.is_dynamo_compiling():
         return False
     return _whole.get() and not torch.is_grad_enabled()

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from smope.defaults import LOWEST_SCORE, TOP_K
 from smope.images import ImageError, load_image
 from smope.serve.limits import Limits, Refused
 
@@ -40,7 +41,7 @@ def read_question(pairs: Sequence[tuple[str, str]]) -> Question:
         if name in given:
             raise Refused(422, f"parameter {name!r} given twice; give it once")
         given[name] = value
-    options: dict[str, Any] = {"threshold": 0.3, "top_k": 32}
+    options: dict[str, Any] = {"threshold": LOWEST_SCORE, "top_k": TOP_K}
     if "fov" in given:
         [options["fov"]] = _numbers("fov", given["fov"], (1,))
     if "K" in given:
