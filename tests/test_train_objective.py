@@ -20,7 +20,7 @@ from smope.networks.smope_s import SmopeS, SmopeSConfig, Targets
 from smope.objects import ObjectModel, Symmetries
 from smope.train.losses import chamfer, laplace_nll, masked_mean, model_point_distance, varifocal
 from smope.train.matcher import HungarianMatcher
-from smope.train.objective import Objective
+from smope.train.objective import LossConfig, Objective
 from smope.train.pose_targets import ObjectTable, PairTruth
 
 TINY = SmopeSConfig(
@@ -225,6 +225,17 @@ def test_an_objective_step_reaches_every_parameter_and_survives_an_empty_image(
     without = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+def test_the_total_weighs_each_part_and_refined_poses_once_more(objects: list[ObjectModel]) -> None:
+    torch.manual_seed(0)
+    network, config = SmopeS(TINY).train(), LossConfig(depth=3.0, label=0.5, refined=2.5)
+    loss, parts = Objective(objects, config)(network, make_batch())
+    plain = {name: getattr(config, name.split("/")[0]) * value.item() for name, value in parts.items()}
+    assert plain["depth/refined"] == pytest.approx(3 * parts["depth/refined"].item())
+    more = sum(1.5 * value for name, value in plain.items() if name.endswith("/refined"))
+    assert more > 0
+    assert loss.item() == pytest.approx(sum(plain.values()) + more, rel=1e-5)
 
 
 def test_a_few_steps_on_one_batch_bring_the_loss_down(objects: list[ObjectModel]) -> None:

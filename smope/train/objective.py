@@ -49,12 +49,19 @@ class LossConfig:
     offsets: float = 2.0  # where refinement sends the anchors
     visibility: float = 1.0
     sigma: float = 0.1
+    refined: float = 1.0  # refinement's poses, which are those handed out, times the weights above
     mesh: float = 0.5
     regions: float = 1.0  # what the cells of each square see
     coordinates: float = 1.0
     colour_dropout: float = 0.2  # share of meshes shown to the network without their colours
     faint: float = 0.3  # poses of objects less visible than this count in proportion
     strangers: int = 0  # meshes registered beside the known ones at each step, which no image holds
+
+    def weight(self, part: str) -> float:
+        """Of a part by its name, as "depth/refined": what it measures, and of which poses."""
+        measured, _, poses = part.partition("/")
+        weight: float = getattr(self, measured)
+        return weight * self.refined if poses == "refined" else weight
 
 
 _IGNORED_SHARE = 0.5  # a box of which so much lies in an ignored area is not judged
@@ -104,7 +111,7 @@ class Objective:
             }
             if batch.instance is not None and batch.depth is not None and outputs.coordinates is not None:
                 parts["coordinates"] = self.coordinate_loss(outputs.coordinates.float(), batch)
-        weighted = [getattr(self.config, name.split("/")[0]) * value for name, value in parts.items()]
+        weighted = [self.config.weight(name) * value for name, value in parts.items()]
         return torch.stack(weighted).sum(), {name: value.detach() for name, value in parts.items()}
 
     def mesh_views(self, surface_points: int, anchor_count: int) -> MeshInputs:
