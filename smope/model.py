@@ -38,7 +38,6 @@ from smope.files import write_atomically
 from smope.images import load_image, load_images
 from smope.inference.engine import Engine
 from smope.network_inputs import image_input
-from smope.networks.earlier import brought_up
 from smope.networks.smope_paper import SmopePaper
 from smope.objects import ObjectModel
 from smope.poses import Poses
@@ -101,7 +100,7 @@ class SMOPE:
         weights, objects, tokens = _split_objects(hub.load_weights(folder), config)
         network = build_network(config.network)
         try:
-            network.load_state_dict(brought_up(weights, network), strict=True)
+            network.load_state_dict(weights, strict=True)
         except RuntimeError as error:
             raise hub.WeightsError(f"{folder}: the weights do not fit config.json: {error}") from None
         card = folder / hub.CARD_FILE

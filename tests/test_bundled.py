@@ -75,8 +75,9 @@ def test_the_scores_are_those_of_the_stored_file(lmo: Path) -> None:
 def test_the_scores_reach_what_was_promised(lmo: Path) -> None:
     scores = json.loads((lmo / "scores.json").read_text())
     assert (scores["dataset"], scores["images"]) == ("lmo", 60)
-    assert scores["all"]["AR_MSSD"] >= 0.25
-    assert scores["all"]["AR_MSPD"] >= 0.55
+    assert scores["all"]["AR_MSSD"] >= 0.52
+    assert scores["all"]["AR_MSPD"] >= 0.76
+    assert scores["all"]["ADD(-S)"] >= 0.30
 
 
 # The rest runs the model on the demo's picture, in which it finds all eight objects.
@@ -158,9 +159,8 @@ def test_a_second_call_is_equal_to_the_bit_and_a_batch_nearly(
 def test_load_save_load_gives_identical_tensors(model: SMOPE, lmo: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "half", dtype=torch.float16)
     stored, half = hub.load_weights(lmo), hub.load_weights(tmp_path / "half")
-    # The file is from before the region reader fitted poses; all else is as it was.
-    assert all(name.startswith("region_reader.") for name in stored.keys() ^ half.keys())
-    for name in stored.keys() & half.keys():
+    assert stored.keys() == half.keys()
+    for name in stored:
         assert half[name].dtype == stored[name].dtype, name
         assert torch.equal(half[name], stored[name]), name
     SMOPE.from_pretrained(tmp_path / "half", device="cpu").save_pretrained(tmp_path / "twice", torch.float16)
