@@ -22,6 +22,7 @@ from train_toy import OPTIM, RUN, ToyTask, make_model, stream
 from smope.networks.backbone import ConvNorm
 from smope.networks.deformable import EncoderLayer
 from smope.networks.position import cell_centres, pyramid_positions
+from smope.networks.recorded import recorded_whole, whole_steps
 from smope.networks.shifted import Twice
 from smope.train.distributed import Ranks
 from smope.train.loop import Loop
@@ -172,3 +173,15 @@ def test_loop_compiles_what_the_recipe_names(tmp_path: Path, monkeypatch: pytest
         torch.testing.assert_close(value, plain[name])
     with pytest.raises(AttributeError, match="no_such_part"):
         weights("no_such_part")
+
+
+def test_asking_whether_a_pass_is_recorded_ends_no_graph() -> None:
+    """Dynamo reads no ContextVar: asked in each of the backbone's blocks, it cut the graph at every one."""
+
+    def step(x: Tensor) -> Tensor:
+        return x + 1 if recorded_whole() else x - 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    with torch.no_grad(), whole_steps():
+        assert compiled(torch.ones(2)).tolist() == [0, 0]  # a compiler fuses the steps itself
+        assert step(torch.ones(2)).tolist() == [2, 2]
