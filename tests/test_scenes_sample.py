@@ -16,12 +16,13 @@ from scipy.stats import kstest
 from smope.data.corners import corner_box
 from smope.scenes import SceneConfig
 from smope.scenes.assets import SceneAssets, build_assets
-from smope.scenes.dress import draw_colour
+from smope.scenes.dress import draw_colour, sample_materials
 from smope.scenes.layout import Scene
 from smope.scenes.meshes import prepare_mesh
 from smope.scenes.sample import SceneSampler
 from smope.scenes.turns import about_vector, about_z, any_turn
 
+TO_IQ = np.array([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # FCC 1953
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 50, 200), "white": (220, 220, 210)}
 
 
@@ -80,7 +81,7 @@ def test_a_lookalike_comes_near_the_colour_aimed_at_and_keeps_contrast() -> None
     aim = np.array([0.15, 0.2, 0.45])
     means, spreads = [], []
     for _ in range(200):
-        paint = draw_colour(rng, known=False, mean=own.mean(axis=0), aim=aim)
+        paint = draw_colour(rng, False, own.mean(axis=0), SceneConfig(), aim=aim)
         np.testing.assert_array_less(np.abs(paint.of(own.mean(axis=0)) - aim).max(), 0.25)
         shown = (own @ paint.matrix[:, :3].T + paint.matrix[:, 3]).clip(0, 1) ** paint.gamma
         means.append(paint.of(own.mean(axis=0)))
@@ -92,11 +93,47 @@ def test_a_lookalike_comes_near_the_colour_aimed_at_and_keeps_contrast() -> None
 def test_known_objects_keep_their_own_colour_in_the_middle_of_what_they_take() -> None:
     rng = np.random.default_rng(5)
     for own in (np.array([0.24, 0.24, 0.25]), np.array([0.89, 0.73, 0.11])):
-        taken = np.stack([draw_colour(rng, known=True, mean=own).of(own) for _ in range(400)])
+        taken = np.stack([draw_colour(rng, True, own, SceneConfig()).of(own) for _ in range(400)])
         low, high = np.quantile(taken, [0.1, 0.9], axis=0)
         assert (low < own).all()
         assert (own < high).all()
         assert low.max() > 0.05  # never black
+
+
+def test_known_objects_turn_in_hue_and_change_in_contrast_as_far_as_asked() -> None:
+    rng = np.random.default_rng(6)
+    red = np.array([0.6, 0.3, 0.35])
+    printed = np.stack([red - 0.05, red + 0.05])
+    turns, contrasts = [], []
+    config = replace(SceneConfig(), known_hue=12.0, known_contrast=(0.25, 4.0))
+    for _ in range(1500):
+        paint = draw_colour(rng, True, red, config)
+        linear = paint.matrix[:, :3].astype(np.float64)
+        turns.append(np.rad2deg(np.angle(complex(*TO_IQ @ linear @ red) / complex(*TO_IQ @ red))))
+        # Level, saturation and cast come besides, about 1 in the middle of their ranges.
+        contrasts.append(np.log(np.mean((printed @ linear.T)[1] - (printed @ linear.T)[0]) / 0.1))
+    assert np.std(turns) == pytest.approx(12, abs=2.5)  # the cast adds a few degrees
+    low, high = np.quantile(contrasts, [0.1, 0.9])
+    assert high - low == pytest.approx(0.8 * np.log(16), abs=0.15)
+
+
+def test_as_many_objects_are_glossy_as_asked() -> None:
+    def materials(share: float) -> np.ndarray:
+        rng, config = np.random.default_rng(7), replace(SceneConfig(), gloss_probability=share)
+        return np.concatenate([sample_materials(rng, config)[:-1] for _ in range(60)])
+
+    for share in (0.0, 0.3, 1.0):
+        rough, _, specular = materials(share).T
+        glossy = (rough < 0.25) & (specular >= 0.8)
+        if share == 0:
+            assert rough.min() >= 0.2
+        else:
+            assert (glossy & (rough < 0.2)).mean() == pytest.approx(share * 2 / 3, abs=0.04)
+
+
+def test_occlusion_is_as_strong_as_asked(assets: SceneAssets) -> None:
+    drawn = [s.fields["occlusion"][0] for s in scenes(assets, 60, occlusion=(0.2, 0.7))]
+    assert kstest(drawn, "uniform", (0.2, 0.5)).pvalue > 0.01
 
 
 def test_mean_colour_weighs_by_area() -> None:

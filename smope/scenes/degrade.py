@@ -24,8 +24,10 @@ class CameraDraw:
 
     brightness: Tensor  # mean of the sRGB picture aimed at
     white: Tensor  # [B, 3] gains
+    glare: Tensor  # light added everywhere, share of full scale
     vignette: Tensor  # share of light lost in the corners
     blur_sigma: Tensor  # pixels: focus and the pixel's own extent
+    blur_power: Tensor  # whose root of the light is what blurs
     moving: Tensor  # [M] int64, the pictures that moved while exposed
     motion: Tensor  # [M, 11, 11] kernels of theirs, focus included
     read_noise: Tensor  # standard deviations, share of full scale
@@ -33,6 +35,8 @@ class CameraDraw:
     chroma_noise: Tensor  # share of the noise that differs between the colours
     gamma: Tensor
     spread: Tensor  # standard deviation of the sRGB picture aimed at
+    toe: Tensor  # levels below and above which the tone curve bends
+    shoulder: Tensor
     black: Tensor  # added black level
     saturation: Tensor
     sharpen: Tensor  # amount of unsharp masking
@@ -54,9 +58,9 @@ class CameraDraw:
         sigma = np.where(out_of_focus, rng.uniform(*config.defocus_sigma, batch), sigma)
         moving = rng.random(batch) < config.motion_probability
         length = rng.uniform(*config.motion_length, batch)
-        warmth = rng.normal(0, 0.08, (batch, 1)) * np.array([1.0, 0.0, -1.0]) + rng.normal(
-            0, 0.03, (batch, 3)
-        )
+        warmth = rng.normal(config.warmth, config.warmth_spread, (batch, 1)) * np.array([1.0, 0.0, -1.0])
+        warmth = warmth + rng.normal(0, 0.03, (batch, 3))
+        brightness = np.clip(rng.normal(0.34, 0.08, batch), *config.exposure)
         erase = np.zeros((batch, 5))
         for k in np.nonzero(rng.random(batch) < config.erase_probability)[0]:
             x0, y0 = rng.uniform(-0.1, 0.9, 2)
@@ -64,18 +68,22 @@ class CameraDraw:
             w, h = (thin, long) if rng.random() < 0.5 else (long, thin)
             erase[k] = [x0, y0, x0 + w, y0 + h, rng.random()]
         values = {
-            "brightness": np.clip(rng.normal(0.34, 0.08, batch), *config.exposure),
+            "brightness": brightness,
             "white": np.exp(warmth),
+            "glare": rng.uniform(*config.glare, batch) * brightness**2.2,
             "vignette": rng.uniform(0, 0.35, batch),
             "blur_sigma": sigma,
+            "blur_power": rng.uniform(*config.blur_power, batch),
             "motion": blur_kernels(sigma, length, rng.uniform(0, np.pi, batch))[moving],
             "read_noise": log_uniform(*config.noise),
             "shot_noise": log_uniform(*config.shot_noise),
             "chroma_noise": rng.uniform(0.2, 1.0, batch),
             "gamma": rng.uniform(1.9, 2.6, batch),
             "spread": np.clip(rng.normal(0.225, 0.045, batch), *config.spread),
+            "toe": rng.uniform(*config.toe, batch),
+            "shoulder": rng.uniform(*config.shoulder, batch),
             "black": rng.uniform(0, 0.04, batch),
-            "saturation": rng.uniform(0.8, 1.45, batch),
+            "saturation": rng.uniform(*config.saturation, batch),
             "sharpen": rng.uniform(*config.sharpen, batch),
             "sharpen_sigma": rng.uniform(0.7, 1.6, batch),
             "quality": np.where(
@@ -110,10 +118,11 @@ def photograph(radiance: Tensor, camera: CameraDraw, generator: torch.Generator)
         (batch, 4, height, width), generator=generator, device=radiance.device, dtype=torch.float32
     )
     gain = exposure_gain(radiance, camera.brightness)[:, None] * camera.white
-    x = blur(expose(radiance, gain, camera.vignette), camera)
-    x = read_out(x, white, camera.read_noise, camera.shot_noise, camera.chroma_noise, camera.gamma)
+    power = camera.blur_power
+    x = blur(expose(radiance, gain, camera.vignette, camera.glare, power), camera)
+    x = read_out(x, white, camera.read_noise, camera.shot_noise, camera.chroma_noise, camera.gamma, power)
     middle, contrast = tone_statistics(x, camera.spread)
-    look = (camera.brightness, middle, contrast, camera.saturation, camera.black)
+    look = (camera.brightness, middle, contrast, camera.saturation, camera.toe, camera.shoulder, camera.black)
     x = tone(x, *look)
     soft = separable(x, gaussian(camera.sharpen_sigma, SHARPEN_REACH))
     tables = coding_tables(camera.quality.clamp(min=30.0))
@@ -131,11 +140,15 @@ def exposure_gain(radiance: Tensor, brightness: Tensor) -> Tensor:
 
 
 @fused
-def expose(radiance: Tensor, gain: Tensor, vignette: Tensor) -> Tensor:
-    """Light on the sensor, padded by the blur's reach; gain [B, 3], vignette [B] the corners' loss."""
+def expose(radiance: Tensor, gain: Tensor, vignette: Tensor, glare: Tensor, power: Tensor) -> Tensor:
+    """The `power`th root of the light on the sensor, padded by the blur's reach.
+
+    gain [B, 3], vignette [B] the corners' loss, glare [B] what comes to every pixel, power [B].
+    """
     light = radiance * (gain[:, :, None, None] * vignetting(vignette, *radiance.shape[-2:]))
     # Highlights spread before they clip, but not without bound.
-    return pad(light.clamp(max=4.0), REACH)
+    light = light.clamp(max=4.0) + glare[:, None, None, None]
+    return pad(light.pow(1 / power[:, None, None, None]), REACH)
 
 
 def vignetting(loss: Tensor, height: int, width: int) -> Tensor:
@@ -155,16 +168,19 @@ def blur(padded: Tensor, camera: CameraDraw) -> Tensor:
 
 
 @fused
-def read_out(x: Tensor, white: Tensor, read: Tensor, shot: Tensor, chroma: Tensor, gamma: Tensor) -> Tensor:
+def read_out(
+    x: Tensor, white: Tensor, read: Tensor, shot: Tensor, chroma: Tensor, gamma: Tensor, power: Tensor
+) -> Tensor:
     """Shot and read noise, correlated over neighbours as demosaicing leaves it; then the gamma.
 
-    white [B, 4, H, W]: standard normal numbers; the rest [B] as in CameraDraw.
+    x: the `power`th root of the light; white [B, 4, H, W]: standard normal numbers; the rest [B] as in
+    CameraDraw.
     """
     # Colour is interpolated from every other pixel: its noise is twice as coarse as that of the luminance.
     colour = F.avg_pool2d(white[:, 1:], 3, stride=1, padding=1) * 3
     share = chroma[:, None, None, None]
     grain = white[:, :1] * (1 - share.square()).clamp(min=0).sqrt() + colour * (0.6 * share)
-    x = x.clamp(max=1.0)
+    x = x.clamp(0, 1).pow(power[:, None, None, None])
     level = read[:, None, None, None].square() + shot[:, None, None, None].square() * x.clamp(min=0)
     return (x + grain * level.sqrt()).clamp(1e-6, 1).pow(1 / gamma[:, None, None, None])
 
@@ -178,15 +194,30 @@ def tone_statistics(coded: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
 
 @fused
 def tone(
-    coded: Tensor, brightness: Tensor, middle: Tensor, contrast: Tensor, saturation: Tensor, black: Tensor
+    coded: Tensor,
+    brightness: Tensor,
+    middle: Tensor,
+    contrast: Tensor,
+    saturation: Tensor,
+    toe: Tensor,
+    shoulder: Tensor,
+    black: Tensor,
 ) -> Tensor:
-    """Contrast about the brightness aimed at, saturation, black level; padded by the sharpening's reach."""
+    """Contrast about the brightness aimed at, toe and shoulder, saturation, black level; padded by the
+    sharpening's reach."""
     centred = (coded - middle[:, None, None, None]) * contrast[:, None, None, None]
     y = brightness[:, None, None, None] + centred
+    y = 1 - bend(1 - bend(y, toe[:, None, None, None]), shoulder[:, None, None, None])
     grey = 0.299 * y[:, :1] + 0.587 * y[:, 1:2] + 0.114 * y[:, 2:]
     y = grey + (y - grey) * saturation[:, None, None, None]
     black = black[:, None, None, None]
     return pad((black + y.clamp(0, 1) * (1 - black)).clamp(0, 1), SHARPEN_REACH)
+
+
+def bend(x: Tensor, knee: Tensor) -> Tensor:
+    """x above the knee; below, a curve of slope exp(x / knee - 1) that goes to 0 and never reaches it."""
+    knee = knee.clamp(min=1e-4)
+    return x.clamp(min=knee) - knee + knee * torch.exp(torch.minimum(x, knee) / knee - 1)
 
 
 @fused

@@ -30,7 +30,9 @@ class Paint:
         return (self.matrix[:, :3] @ colour + self.matrix[:, 3]).clip(0, 1) ** self.gamma
 
 
-def draw_colour(rng: np.random.Generator, known: bool, mean: Floats, aim: Floats | None = None) -> Paint:
+def draw_colour(
+    rng: np.random.Generator, known: bool, mean: Floats, config: SceneConfig, aim: Floats | None = None
+) -> Paint:
     """Affine map of an object's sRGB colours, a gamma, and low-frequency noise on its albedo.
 
     Known objects keep their hue nearly; their scans carry the light of the scanner, so saturation, contrast
@@ -39,8 +41,9 @@ def draw_colour(rng: np.random.Generator, known: bool, mean: Floats, aim: Floats
     """
     level = 1.0
     if known:
-        hue, saturation = rng.normal(0, 5.0), rng.uniform(0.65, 1.55)
-        contrast, brightness = rng.uniform(0.75, 1.4), rng.uniform(0.0, 0.10)
+        hue, saturation = rng.normal(0, config.known_hue), rng.uniform(0.65, 1.55)
+        contrast = float(np.exp(rng.uniform(*np.log(config.known_contrast))))
+        brightness = rng.uniform(0.0, 0.10)
         level = rng.uniform(0.65, 1.2)
         cast = rng.normal(1, 0.04, 3)
         gamma = float(np.exp(rng.normal(0, 0.22)))
@@ -91,6 +94,10 @@ def sample_materials(rng: np.random.Generator, config: SceneConfig) -> Floats:
     specular = np.where(rng.random(count) < 0.25, 0.0, rng.uniform(0.2, 1.2, count))
     specular[: config.max_targets + 1] *= rng.uniform(0.3, 1.0)  # a sheen, rims that shine seldom
     metal[: config.max_targets + 1] *= rng.random() < 0.25  # few known objects are bare metal
+    glossy = rng.random(count) < config.gloss_probability
+    rough = np.where(glossy, rng.uniform(0.1, 0.25, count), rough)
+    specular = np.where(glossy, rng.uniform(0.8, 1.2, count), specular)
+    metal = np.where(glossy, 0.0, metal)
     rough[-1], metal[-1] = rng.uniform(0.3, 1.0), 0.0
     specular[-1] = rng.uniform(0.0, 0.8)
     return np.stack([rough, metal, specular], axis=1)
@@ -220,7 +227,7 @@ def sample_lights(
         "light_view": np.stack(views),
         "light_softness": softness / texel,
         "light_strength": np.array([rng.uniform(0.6, 1.0), rng.uniform(0.4, 1.0)]),
-        "occlusion": np.array([rng.uniform(0.1, 0.6), rng.uniform(0.02, 0.08)]),
+        "occlusion": np.array([rng.uniform(*config.occlusion), rng.uniform(0.02, 0.08)]),
     }
 
 

@@ -294,7 +294,7 @@ class SceneSampler:
         """Colours of all items; clutter often takes that of a target beside it, in the image, or known."""
         c = self.config
         subjects = [item for item in placed if item.target >= 0]
-        own = [draw_colour(rng, known=True, mean=self.mesh(item.mesh).mean_color) for item in subjects]
+        own = [draw_colour(rng, True, self.mesh(item.mesh).mean_color, c) for item in subjects]
         shown = [p.of(self.mesh(item.mesh).mean_color) for p, item in zip(own, subjects, strict=True)]
         spots = np.array([item.t for item in subjects]).reshape(-1, 3)
         reach = np.array([item.radius for item in subjects])
@@ -314,8 +314,8 @@ class SceneSampler:
                     aim = shown[int(rng.integers(len(shown)))]
                 else:
                     any_known = self.targets[int(rng.integers(len(self.targets)))].mean_color
-                    aim = draw_colour(rng, known=True, mean=any_known).of(any_known)
-            paints.append(draw_colour(rng, known=False, mean=self.mesh(item.mesh).mean_color, aim=aim))
+                    aim = draw_colour(rng, True, any_known, c).of(any_known)
+            paints.append(draw_colour(rng, False, self.mesh(item.mesh).mean_color, c, aim=aim))
         return paints
 
     def _assemble(

@@ -50,6 +50,13 @@ class StreetConfig(SceneConfig):
 
     exposure: Range = (0.26, 0.5)
     spread: Range = (0.2, 0.34)
+    warmth: float = 0.0  # the defaults of this and the next five were measured on photos of rooms
+    warmth_spread: float = 0.08
+    glare: Range = (0.0, 0.0)
+    toe: Range = (0.0, 0.0)
+    shoulder: Range = (0.0, 0.0)
+    saturation: Range = (0.8, 1.45)
+    blur_power: Range = (1.0, 1.0)
     blur_sigma: Range = (0.35, 0.9)
     defocus_probability: float = 0.04
     motion_probability: float = 0.06
