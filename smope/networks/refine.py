@@ -67,7 +67,11 @@ def read_maps(maps: tuple[Tensor, ...], points: Tensor) -> Tensor:
     return torch.cat(read, 1).permute(0, 2, 3, 1)
 
 
-@torch.library.custom_op("smope::read_maps", mutates_args=())
+# Written out, as torch 2.5 derives none from a `list[Tensor]`.
+_READ_MAPS = "(Tensor[] maps, Tensor points, ScalarType kind) -> Tensor"
+
+
+@torch.library.custom_op("smope::read_maps", mutates_args=(), schema=_READ_MAPS)
 def read_maps_whole(maps: list[Tensor], points: Tensor, kind: torch.dtype) -> Tensor:
     """`read_maps`, rounded to `kind`"""
     with whole_steps(False):
