@@ -98,6 +98,51 @@ def test_a_lock_left_by_a_killed_compile_is_removed(compiles: list[str]) -> None
     assert build.kernel_ready(KERNEL)
 
 
+def close_the_cache(tmp_path: Path) -> None:
+    """No lock can be written or made, as in a read-only folder; rights would not keep root out."""
+    (tmp_path / "file").touch()
+    for folder in build.cache_folder().iterdir():
+        (folder / "owner.lock").unlink(missing_ok=True)
+        (folder / "owner.lock").symlink_to(tmp_path / "file" / "lock")
+    new_process()
+
+
+def test_what_was_compiled_is_taken_from_a_cache_that_can_only_be_read(
+    compiles: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert build.kernel_ready(KERNEL)
+    close_the_cache(tmp_path)
+    caplog.clear()
+    assert build.kernel_ready(KERNEL)
+    assert len(compiles) == 2  # the first time
+    assert len(Library.registered) == 2
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("left", ["nothing", "half a library", "a failure"])
+def test_a_cache_that_can_only_be_read_and_holds_no_library_is_told(
+    compiles: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    left: str,
+) -> None:
+    def cannot_load(path: str) -> None:
+        raise OSError(f"{path}: file too short")
+
+    assert build.kernel_ready(KERNEL)
+    for library in build.cache_folder().glob("*/*.so"):
+        if left == "nothing":
+            library.unlink()
+        if left == "a failure":
+            (library.parent / "failed.json").write_text("{}")
+    if left == "half a library":
+        monkeypatch.setattr(ctypes, "CDLL", cannot_load)
+    close_the_cache(tmp_path)
+    assert not build.kernel_ready(KERNEL)
+    assert "SMOPE_CACHE" in caplog.text
+
+
 def test_a_failure_is_told_once_and_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

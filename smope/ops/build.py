@@ -306,15 +306,17 @@ def compiled_library(
     place = f"torch{torch.__version__}_cu{torch.version.cuda}_sm{'_'.join(_architectures())}"
     name = re.sub(r"\W", "_", f"smope_{label}_{place}_{digest.hexdigest()[:8]}")
     folder = cache_folder() / name
+    target, failure = folder / f"{name}.so", folder / "failed.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "owner.lock").touch()
     except OSError as error:
+        if target.exists() and not failure.exists() and _loads(target):
+            return target  # compiled by whoever may write here, for those who may only read
         raise KernelUnavailable(
             f"smope: compiled kernels cannot be kept ({error}). {advice.effect} Remedy: name a folder that "
             f"can be written to in SMOPE_CACHE. {advice.hide}"
         ) from error
-    target, failure = folder / f"{name}.so", folder / "failed.json"
     with _exclusive(folder / "owner.lock", label):
         if failure.exists() and not retry:
             raise KernelUnavailable(json.loads(failure.read_text())["message"])
@@ -338,6 +340,15 @@ def compiled_library(
             failure.write_text(json.dumps({"message": message, "log": str(error)}, indent=1))
             raise KernelUnavailable(message) from error
     return target
+
+
+def _loads(library: Path) -> bool:
+    """Not one that its compiler has left half written or is still at."""
+    try:
+        ctypes.CDLL(str(library))
+    except OSError:
+        return False
+    return True
 
 
 def _failure_message(label: str, error: BaseException, record: Path, advice: Advice) -> str:
