@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from smope.scenes.assets import build_assets
 from smope.scenes.config import SceneConfig
 from smope.scenes.degrade import CameraDraw, blur_kernels, cut_out, photograph
 from smope.scenes.dress import light_view
@@ -59,6 +61,21 @@ def shaded(
     material = (one, zero, zero)
     out = shade(planes(albedo), facing, towards, material, ambient, mirrored, scene, shadow, one)
     return torch.stack(out, dim=1)
+
+
+def test_a_sun_brighter_than_16_bits_hold_leaves_the_map_finite_and_white(tmp_path: Path) -> None:
+    sky = np.full((16, 32, 3), 0.5, np.float32)
+    sky[4, 8] = 3e5
+    (tmp_path / "hdri").mkdir()
+    np.savez(tmp_path / "hdri" / "noon.npz", rgb=sky)
+    read = build_assets([], [], tmp_path).environments
+    made = Environments.build(read, CPU)
+    assert np.isfinite(read).all()
+    assert made.irradiance.isfinite().all()
+    assert made.reflection.isfinite().all()
+    colours = made.reflection[0].unflatten(0, (-1, 3))
+    torch.testing.assert_close(colours, colours[:, :1].expand_as(colours))
+    assert colours[0].max() > 2 * colours[0].median()  # and there is a sun
 
 
 def sky(height: int = 32, width: int = 64) -> np.ndarray:

@@ -190,7 +190,8 @@ def _pictures(
     maps = []
     for path in sorted((folder / "hdri").glob("*.npz")):
         with np.load(path, allow_pickle=False) as data:
-            maps.append(np.asarray(data["rgb"], dtype=np.float16))
+            # A sun may be brighter than 16 bits hold, and infinity would spoil the map's mean.
+            maps.append(np.minimum(data["rgb"], np.finfo(np.float16).max).astype(np.float16))
     environments = np.stack(maps) if maps else np.ones((1, 16, 32, 3), dtype=np.float16)
     return tuple(pictures), environments
 
