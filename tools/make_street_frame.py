@@ -91,7 +91,8 @@ def main() -> None:
     ours = tuple(mesh for mesh in assets.clutter if mesh.name.split("/")[1] in VEHICLES)
     with np.load(data / "backgrounds" / "hdri" / f"{SKY}.npz") as stored:
         sky = stored["rgb"].astype(np.float32)
-    sky[sky.max(-1) > 100] = 100  # the sun itself has a single channel in this map
+    bright = sky.max(-1, keepdims=True)
+    sky = np.where(bright > 30, np.minimum(bright, 100), sky)  # of the sun itself this map has blue alone
     pale = sky.mean(-1, keepdims=True) * 0.5 + sky * 0.5
     assets = SceneAssets(assets.targets, ours, pictures(sky), pale[None].astype(np.float16))
     rows = np.array(STREET)
