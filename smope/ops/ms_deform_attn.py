@@ -10,6 +10,7 @@ each level.
 from __future__ import annotations
 
 import os
+import sys
 from operator import index
 
 import torch
@@ -76,7 +77,13 @@ def _exporting() -> bool:
         return True
     if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
-    return torch.onnx.is_in_onnx_export()
+    # Torch before 2.7 has no such word. Read as plain Python (see below), this one is true in
+    # torch.export alone, and there only where it does not go by way of Dynamo, which then knows.
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return True
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    tracer = getattr(dynamo.tls, "current_tx", None) if dynamo else None
+    return bool(getattr(tracer, "export", False))
 
 
 # torch.compile asks both once, while it traces, and runs them instead of reading them: Dynamo of torch 2.11
