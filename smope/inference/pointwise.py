@@ -149,7 +149,7 @@ def _bring_together(graph: fx.Graph, groups: dict[fx.Node, _Group]) -> None:
     while ready:
         _, u = heapq.heappop(ready)
         for node in members[u]:
-            if last is not None:
+            if last is not None and last.next is not node:  # else torch 2.5 warns
                 last.append(node)
             last = node
         for later in after.get(u, []):
