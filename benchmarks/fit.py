@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ from smope.train.loop import Loop
 from smope.train.recipe import Recipe, expand, load_recipe
 from smope.train.start import begin
 
+Function = Callable[..., Any]
 # In the order of a step; those with two blanks are within the part above them.
 PARTS = (
     "wait for the renderer",
@@ -70,7 +72,7 @@ class Clock:
             if first is not None and last is not None:
                 self._marks.append((name, first, last))
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, name: str, function: Function) -> Function:
         def call(*arguments: Any, **options: Any) -> Any:
             with self.part(name):
                 return function(*arguments, **options)
@@ -105,6 +107,10 @@ class TimedLoop(Loop):
     last: int
     seconds: float = 0.0
     first_step_seconds: float = 0.0  # most of which is compiling
+
+    def time_steps(self, first: int, last: int) -> None:
+        """Those after `first`, until `last` is done"""
+        self.clock, self.first, self.last = Clock(self.ranks.device), first, last
 
     def _one_step(self, batch: Any, progress: float, waited: float) -> float:
         if self.state.step == self.first:
@@ -154,11 +160,7 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     plan = planned(load_recipe(options.recipe), options, options.warmup + options.steps)
     with prepared(plan, options.device, TimedLoop) as (loop, objective):
-        loop.clock, loop.first, loop.last = (
-            Clock(loop.ranks.device),
-            options.warmup,
-            options.warmup + options.steps,
-        )
+        loop.time_steps(options.warmup, options.warmup + options.steps)
         with marked(loop, objective):
             loop.run()
         return result(options, plan, loop)
@@ -215,25 +217,36 @@ def planned(plan: Recipe, options: argparse.Namespace, steps: int) -> Recipe:
 @contextmanager
 def marked(loop: TimedLoop, objective: Any) -> Iterator[None]:
     """Let every part tell the clock of itself, until the end of the context."""
-    clock, kept = loop.clock, []
+    with wrapping() as wrap:
 
-    def mark(owner: Any, name: str, part: str) -> None:
-        kept.append((owner, name, owner.__dict__.get(name), name in owner.__dict__))
-        setattr(owner, name, clock.timed(part, getattr(owner, name)))
+        def mark(owner: Any, name: str, part: str) -> None:
+            wrap(owner, name, partial(loop.clock.timed, part))
 
-    renderer = "wait for the renderer"
-    mark(_Feed, "get", renderer)
-    mark(SceneStream, "rasterise", renderer)  # without workers
-    mark(SceneStream, "finish", "light and compose")
-    mark(loop.step_module, "forward", "forward and loss")
-    if isinstance(getattr(objective, "matcher", None), matching.HungarianMatcher):
-        mark(objective.matcher, "cost_table", "  costs of matching")
-        mark(matching, "assign", "  assignment")
-    mark(torch.Tensor, "backward", "backward")
-    mark(loop.optimiser, "step", "optimiser")
-    mark(loop.ema, "update", "moving average")
-    try:
+        renderer = "wait for the renderer"
+        mark(_Feed, "get", renderer)
+        mark(SceneStream, "rasterise", renderer)  # without workers
+        mark(SceneStream, "finish", "light and compose")
+        mark(loop.step_module, "forward", "forward and loss")
+        if isinstance(getattr(objective, "matcher", None), matching.HungarianMatcher):
+            mark(objective.matcher, "cost_table", "  costs of matching")
+            mark(matching, "assign", "  assignment")
+        mark(torch.Tensor, "backward", "backward")
+        mark(loop.optimiser, "step", "optimiser")
+        mark(loop.ema, "update", "moving average")
         yield
+
+
+@contextmanager
+def wrapping() -> Iterator[Callable[[Any, str, Callable[[Function], Function]], None]]:
+    """Gives what wraps a function of an object, class or module, until the end of the context."""
+    kept: list[tuple[Any, str, Any, bool]] = []
+
+    def wrap(owner: Any, name: str, wrapper: Callable[[Function], Function]) -> None:
+        kept.append((owner, name, owner.__dict__.get(name), name in owner.__dict__))
+        setattr(owner, name, wrapper(getattr(owner, name)))
+
+    try:
+        yield wrap
     finally:
         for owner, name, value, own in reversed(kept):
             if own:

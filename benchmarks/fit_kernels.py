@@ -18,14 +18,15 @@ import fnmatch
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from fit import Clock, TimedLoop, arguments_of, planned, prepared, result
+from fit import TimedLoop, arguments_of, planned, prepared, result, wrapping
 from fit import marked as timed
 from fit import page as row_page
 from torch import nn
@@ -71,37 +72,31 @@ class ProfiledLoop(TimedLoop):
 @contextmanager
 def marked(loop: TimedLoop, objective: Any) -> Iterator[None]:
     """Let every part announce itself to the profiler, until the end of the context."""
-    kept: list[tuple[Any, str, Any, bool]] = []
+    with wrapping() as wrap:
 
-    def mark(owner: Any, name: str, part: str) -> None:
-        function = getattr(owner, name)
+        def mark(owner: Any, name: str, part: str) -> None:
+            wrap(owner, name, partial(announced, part))
 
-        def call(*arguments: Any, **options: Any) -> Any:
-            with record_function(MARK + part):
-                return function(*arguments, **options)
-
-        kept.append((owner, name, owner.__dict__.get(name), name in owner.__dict__))
-        setattr(owner, name, call)
-
-    for name, module in parts_of(loop.model):
-        mark(module, "forward" if module._compiled_call_impl is None else "_compiled_call_impl", name)
-    for name in METHODS:
-        mark(loop.model, name, name)
-    for name in LOSSES:
-        mark(objective, name, name)
-    mark(objective, "matcher", "matching")
-    mark(loop.optimiser, "step", "optimiser")
-    mark(loop.ema, "update", "moving average")
-    mark(meter.Meter, "add", "meter")
-    mark(SceneStream, "finish", "light and compose")
-    try:
+        for name, module in parts_of(loop.model):
+            mark(module, "forward" if module._compiled_call_impl is None else "_compiled_call_impl", name)
+        for name in METHODS:
+            mark(loop.model, name, name)
+        for name in LOSSES:
+            mark(objective, name, name)
+        mark(objective, "matcher", "matching")
+        mark(loop.optimiser, "step", "optimiser")
+        mark(loop.ema, "update", "moving average")
+        mark(meter.Meter, "add", "meter")
+        mark(SceneStream, "finish", "light and compose")
         yield
-    finally:
-        for owner, name, value, own in reversed(kept):
-            if own:
-                setattr(owner, name, value)
-            else:
-                delattr(owner, name)
+
+
+def announced(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        with record_function(MARK + part):
+            return function(*arguments, **options)
+
+    return call
 
 
 def parts_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -254,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> Profiled:
         prepared(plan, options.device, ProfiledLoop) as (loop, objective),
         tempfile.TemporaryDirectory() as out,
     ):
-        loop.clock, loop.first, loop.last = Clock(loop.ranks.device), options.warmup, last
+        loop.time_steps(options.warmup, last)
         loop.at, loop.trace = last + 2, Path(out) / "trace.json"
         with timed(loop, objective), marked(loop, objective):
             loop.run()
