@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ PROGRAM = """
 import sys
 import torch
 from smope.train.assign_triton import assign_on_device
-tables = torch.load(sys.argv[1])
+tables = torch.load(sys.argv[1], weights_only=True)
 torch.save([assign_on_device(table) for table in tables], sys.argv[2])
 """
 
@@ -26,6 +28,8 @@ def test_kernel_finds_assignments_as_cheap_as_scipys(
 ) -> None:
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
+    if version("triton").startswith("3.1.") and np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+        pytest.skip("the interpreter of Triton 3.1, which torch 2.5 brings, needs NumPy 1")
     generator = torch.Generator().manual_seed(1)
     tables = [
         torch.randn(shape, generator=generator) for shape in ((1, 2, 20, 5), (1, 1, 6, 6), (1, 1, 7, 1))
@@ -38,7 +42,7 @@ def test_kernel_finds_assignments_as_cheap_as_scipys(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     command = [sys.executable, "-c", PROGRAM, str(folder / "tables.pt"), str(folder / "found.pt")]
     subprocess.run(command, check=True)
-    for table, found in zip(tables, torch.load(folder / "found.pt"), strict=True):
+    for table, found in zip(tables, torch.load(folder / "found.pt", weights_only=True), strict=True):
         expected = assign(table)
         assert found.shape == expected.shape
         assert found.dtype == expected.dtype

@@ -1,6 +1,7 @@
-"""Assignment problems on the GPU, one a program: matching then never waits for the host."""
+"""Assignment problems on the GPU, one a program: matching then never waits for the host.
 
-from __future__ import annotations
+Annotations are evaluated here: Triton's interpreter of torch 2.5 does not read their text.
+"""
 
 import torch
 import triton

@@ -174,7 +174,8 @@ class Objective:
                 only_matched=True,
             )
             shared = count * groups
-            parts |= {f"{n}/denoising": value / shared for n, value in zip(names, noised, strict=True)}
+            # Not `parts |= ...` here and below: torch 2.5 compiles none.
+            parts.update({f"{n}/denoising": value / shared for n, value in zip(names, noised, strict=True)})
         return parts
 
     def matched_losses(
@@ -227,17 +228,17 @@ class Objective:
         weight = weight[:, :count]
         truth = PairTruth.of(self.table, batch.labels, batch.T_CO, slots, batch.K, batch.scale)
         region = self.pose_errors(looked, truth, labels, weight)
-        parts |= {f"{name}/region": value for name, value in region.items()}
+        parts.update({f"{name}/region": value for name, value in region.items()})
         gap = (outputs.refined.visibility_logit.float().sigmoid() - visible).abs()
         parts["visibility/region"] = masked_mean(gap, weight)
         if moved:
             refined = [self.pose_errors(pose, truth, labels, weight) for pose in moved]
             sent = [masked_mean(self.offset_error(pose, truth, outputs, labels), weight) for pose in moved]
-            parts |= {f"{name}/refined": torch.stack([e[name] for e in refined]).sum() for name in refined[0]}
+            parts.update({f"{n}/refined": torch.stack([e[n] for e in refined]).sum() for n in refined[0]})
             parts["offsets"] = torch.stack(sent).sum()
         parts["sigma"] = masked_mean(self.sigma_loss(outputs.refined, truth, labels), weight)
         if batch.instance is not None and batch.depth is not None:
-            parts |= self.region_losses(outputs.regions, looked, truth, batch, slots, weight)
+            parts.update(self.region_losses(outputs.regions, looked, truth, batch, slots, weight))
         return parts
 
     def region_losses(
