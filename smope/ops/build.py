@@ -20,13 +20,12 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from smope.ops.compiling import exclusive, own_scripts_on_path, progress
 
 logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parents[1] / "_ext"
@@ -207,7 +206,7 @@ def _compile_cpu(target: Path) -> None:
     command = [*compiler.split(), *_CPU_FLAGS, "-shared", "-fPIC", str(_CPU_SOURCE), "-o", str(unfinished)]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(target.parent / "owner.lock", target.stem):
+        with exclusive(target.parent / "owner.lock", target.stem):
             if target.exists():  # by the process that held the lock
                 return
             subprocess.run(command, capture_output=True, text=True, check=True)
@@ -317,7 +316,7 @@ def compiled_library(
             f"smope: compiled kernels cannot be kept ({error}). {advice.effect} Remedy: name a folder that "
             f"can be written to in SMOPE_CACHE. {advice.hide}"
         ) from error
-    with _exclusive(folder / "owner.lock", label):
+    with exclusive(folder / "owner.lock", label):
         if failure.exists() and not retry:
             raise KernelUnavailable(json.loads(failure.read_text())["message"])
         failure.unlink(missing_ok=True)
@@ -325,7 +324,7 @@ def compiled_library(
         (folder / "lock").unlink(missing_ok=True)
         cuda = sources[0].suffix == ".cu"
         try:
-            with _progress(label, quiet=target.exists()), _own_scripts_on_path():
+            with progress(label, quiet=target.exists()), own_scripts_on_path():
                 cpp_extension.load(
                     name,
                     [str(sources[0])],
@@ -361,51 +360,3 @@ def _failure_message(label: str, error: BaseException, record: Path, advice: Adv
         f"compiler and a CUDA toolkit that match torch (CUDA {torch.version.cuda}); the compiler's output is "
         f"in {record}. {advice.again} {advice.hide}"
     )
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path, label: str) -> Iterator[None]:
-    """Holds a lock that the system frees even if this process is killed, so that ranks compile once."""
-    import fcntl
-
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("smope: another process compiles %s; waiting for it", label)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _own_scripts_on_path() -> Iterator[None]:
-    """An environment's ninja is found even where the environment's python was started by its full path."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-
-
-@contextlib.contextmanager
-def _progress(label: str, quiet: bool) -> Iterator[None]:
-    """One line at the start of a compile, and a note every 15 seconds."""
-    if quiet:
-        yield
-        return
-    logger.warning("smope: compiling the CUDA kernel %s, once for this machine (up to about a minute)", label)
-    begin, finished = time.monotonic(), threading.Event()
-
-    def note() -> None:
-        while not finished.wait(15):
-            logger.info("smope: still compiling %s, %.0f s", label, time.monotonic() - begin)
-
-    watcher = threading.Thread(target=note, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        watcher.join()
-    logger.info("smope: compiled %s in %.0f s", label, time.monotonic() - begin)
