@@ -128,6 +128,15 @@ def lmo() -> SMOPE:
     return SMOPE.from_pretrained("lmo", device="cpu")
 
 
+def test_a_torch_whose_exporter_fails_is_refused(
+    model: SMOPE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cu124")
+    with pytest.raises(ExportError, match=r"torch 2\.5\.1\+cu124 given"):
+        export_model(model, tmp_path / "model.pt2", "pt2")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_onnx_gives_what_the_network_gives(lmo_onnx: Path, lmo: SMOPE) -> None:

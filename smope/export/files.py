@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from smope.atomic import atomic_path
 from smope.export.network import OUTPUTS, ExportError, PlainNetwork, mesh_tensors
@@ -31,6 +32,11 @@ def export_model(
     [B, H, W, 3] RGB, `K` [B, 3, 3] in their pixels, and the arrays of the file of meshes, for which others of
     the same number may stand in; outputs are those of `PlainNetwork`. B is free.
     """
+    if TorchVersion(torch.__version__) < "2.6":
+        raise ExportError(
+            f"torch {torch.__version__} given, whose exporter cannot slice lists of modules; one later than "
+            "2.5 expected (smope's tests run with 2.13)"
+        )
     out = Path(out)
     width, height = size or model.config.image_size
     if width < 32 or height < 32:
