@@ -35,7 +35,7 @@ from smope.train import matcher as matching
 from smope.train.choice import make_objective, network_config
 from smope.train.distributed import joined
 from smope.train.fit import PoseTask, _source, objects_of
-from smope.train.loop import Loop
+from smope.train.loop import Loop, LoopResult
 from smope.train.recipe import Recipe, expand, load_recipe
 from smope.train.start import begin
 
@@ -111,6 +111,12 @@ class TimedLoop(Loop):
     def time_steps(self, first: int, last: int) -> None:
         """Those after `first`, until `last` is done"""
         self.clock, self.first, self.last = Clock(self.ranks.device), first, last
+
+    def run(self) -> LoopResult:
+        result = super().run()
+        if result.interrupted:
+            raise KeyboardInterrupt("interrupted before the last step: there is nothing to report")
+        return result
 
     def _one_step(self, batch: Any, progress: float, waited: float) -> float:
         if self.state.step == self.first:

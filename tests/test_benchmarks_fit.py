@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import trimesh
 from small_model import TINY_S, thin_backbone
 
 from smope.scenes import SceneStream
+from smope.train.loop import Loop
 
 RECIPE = """
 [data]
@@ -50,15 +53,18 @@ def benchmark_fit() -> ModuleType:
     return module
 
 
-def test_fit_is_timed_part_by_part(
-    benchmark_fit: ModuleType, few_textures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def recipe(few_textures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     thin_backbone(monkeypatch)
     mesh = tmp_path / "brick.ply"
     trimesh.creation.box((0.12, 0.07, 0.05)).subdivide().export(mesh)
     recipe = tmp_path / "tiny.toml"
     network = "\n".join(f"{key} = {value}" for key, value in TINY_S.items())
     recipe.write_text(RECIPE.format(mesh=mesh.as_posix(), network=network))
+    return recipe
+
+
+def test_fit_is_timed_part_by_part(benchmark_fit: ModuleType, recipe: Path, tmp_path: Path) -> None:
     plain = (SceneStream.finish, SceneStream.rasterise, torch.Tensor.backward)
     outputs = [tmp_path / "rows.json", tmp_path / "rows.md"]
     out = [word for path in outputs for word in ("--out", str(path))]
@@ -76,3 +82,17 @@ def test_fit_is_timed_part_by_part(
     assert parts["whole step"] < row["step_ms"]
     assert json.loads(outputs[0].read_text()) == [row]
     assert f"## {row['images_s']} images/s: cpu" in outputs[1].read_text()
+
+
+def test_a_benchmark_that_is_stopped_reports_nothing(
+    benchmark_fit: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: Any) -> float:
+        signal.raise_signal(signal.SIGTERM)
+        return 0.0
+
+    monkeypatch.setattr(Loop, "_one_step", step)
+    out = tmp_path / "rows.json"
+    with pytest.raises(KeyboardInterrupt, match="interrupted"):
+        benchmark_fit.main([str(recipe), "--device", "cpu", "--steps", "2", "--out", str(out)])
+    assert not out.exists()
