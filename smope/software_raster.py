@@ -30,7 +30,8 @@ class Raster:
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        return self.face >= 0  # type: ignore[no-any-return]  # NumPy's comparisons are Any
+        seen: NDArray[np.bool_] = self.face >= 0
+        return seen
 
 
 def rasterise(
@@ -80,8 +81,9 @@ def barycentric(pixels: FloatArray, triangles: FloatArray, z: FloatArray) -> Flo
     """Perspective-correct weights [N, 3] of pixels [N, 2] in triangles [N, 3, 2] with depths z [N, 3]."""
     edges = np.roll(triangles, -1, axis=1) - pixels[:, None], np.roll(triangles, -2, axis=1) - pixels[:, None]
     areas = edges[0][..., 0] * edges[1][..., 1] - edges[0][..., 1] * edges[1][..., 0]  # [N, 3] twice, signed
-    weights = np.clip(areas / areas.sum(axis=1, keepdims=True), 0.0, 1.0) / z
-    return weights / weights.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]  # so is its division
+    weights: FloatArray = np.clip(areas / areas.sum(axis=1, keepdims=True), 0.0, 1.0) / z
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
 
 
 def _inverse_depth_planes(triangles: FloatArray, inverse: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:

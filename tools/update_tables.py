@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +184,14 @@ def training_table(record: Path) -> list[str]:
 
 
 def pieces_table(record: Path) -> list[str]:
-    """How fast each piece of a training run was."""
+    """How fast each piece of a training run was: over the whole of it, and in the median of its log."""
+    with (record / "curves.csv").open(newline="") as file:
+        logged = [(int(row["step"]), row.get("images_per_second")) for row in csv.DictReader(file)]
+
+    def middle(piece: dict[str, Any]) -> float:
+        within = [rate for step, rate in logged if piece["first_step"] < step <= piece["last_step"]]
+        return median(float(rate) for rate in within if rate)
+
     rows = [
         [
             piece["started"][:16].replace("T", " "),
@@ -191,13 +199,14 @@ def pieces_table(record: Path) -> list[str]:
             f"{piece['first_step']} to {piece['last_step']}",
             f"{piece['images']:,}",
             f"{piece['images_per_second']:.0f}",
+            f"{middle(piece):.0f}",
             f"{piece['data_wait_share']:.0%}",
             f"{piece['device_memory_gib']:.1f} GiB",
         ]
         for piece in _read(record / "run.json")["pieces"]
     ]
-    heading = ["started (UTC)", "GPUs", "steps", "images", "images/s", "waited for scenes", "memory a GPU"]
-    return _table(heading, rows)
+    heading = ["started (UTC)", "GPUs", "steps", "images", "images/s", "median", "waited for scenes"]
+    return _table([*heading, "memory a GPU"], rows)
 
 
 def updated(text: str, tables: dict[str, Callable[[], list[str]]], where: Path) -> str:

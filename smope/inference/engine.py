@@ -147,7 +147,7 @@ class Engine:
         return {"network": self.network, "fast": self.fast}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["network"])  # type: ignore[misc]  # as made anew
+        Engine.__init__(self, state["network"])
         self.fast = state["fast"]
 
     def forget(self) -> None:

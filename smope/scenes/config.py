@@ -57,8 +57,8 @@ class SceneConfig:
     any_roll_probability: float = 0.10
 
     front_occluder_probability: float = 0.25  # for each target of a free scene
-    # For each target on a table: something stands before it ... Of LM-O's targets 56 % are 0.3 to 0.95
-    # visible; with 0.16 here 40 % of the renders' were.
+    # For each target on a table: something stands before it ... More than half of LM-O's targets are partly
+    # hidden.
     table_occluder_probability: float = 0.25
     held_probability: float = 0.5  # ... or, this share, reaches in from the air as hands and tools do
     min_visibility: float = 0.02  # slots below are left empty
@@ -71,9 +71,8 @@ class SceneConfig:
     lights: int = 3
     frontal_light_probability: float = 0.45  # share of images with a light from about where the camera is
 
-    # Strength of ambient occlusion. From 0 to 0.9 the outlines of dark things on a table move out by 0.9
-    # pixels and those of bright things in by 1.2. Depth must not hang on it: on LM-O's photos both stand
-    # further out (dark 2.9, bright 0.8) than at any one strength.
+    # Strength of ambient occlusion. With more of it the outlines of dark things on a table move out and those
+    # of bright things in, and depth must not hang on that.
     occlusion: Range = (0.0, 0.8)
 
     # Known objects. LM-O's scans are more magenta than the things, and what is printed on them is smeared, or
@@ -87,14 +86,13 @@ class SceneConfig:
     warmth: float = 0.08  # logarithm of red over green (and green over blue) that the camera adds, linear ...
     warmth_spread: float = 0.14  # ... and its standard deviation; LM-O's photos have less blue than its scans
     glare: Range = (0.0, 0.03)  # light strewn by the lens over the whole picture, share of its mean
-    # Levels (sRGB) below and above which the tone curve bends instead of clipping; 0 clips. On LM-O's photos
-    # no object is black or white over much of it; clipped, 46 % of the drillers were black over 30 % of it.
+    # Levels (sRGB) below and above which the tone curve bends instead of clipping; 0 clips. On photos hardly
+    # an object is black or white over much of it, as a clipped dark one is.
     toe: Range = (0.03, 0.2)
     shoulder: Range = (0.03, 0.2)
     saturation: Range = (0.85, 1.6)
     # Of the light a root blurs, with this exponent: 1 is optics alone, about 2.2 is demosaicing and scaling
-    # of coded values. Blurred light makes what is bright larger; from 1 to 2.2 dark outlines move out by 0.2
-    # pixels and bright ones in by as much.
+    # of coded values. Blurred light makes what is bright larger.
     blur_power: Range = (1.0, 3.0)
     blur_sigma: Range = (0.48, 1.05)  # pixels: anti-aliasing and ordinary focus together
     defocus_probability: float = 0.12

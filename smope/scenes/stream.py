@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,9 +74,9 @@ class SceneStream:
         self._feeds: list[_Feed] = []
 
     @classmethod
-    def from_assets(cls, path: Path | str, **options: object) -> SceneStream:
+    def from_assets(cls, path: Path | str, **options: Any) -> SceneStream:
         """A stream from a file that `prepare_assets` wrote; options as for the constructor."""
-        return cls((), assets=SceneAssets.load(path), **options)  # type: ignore[arg-type]  # checked there
+        return cls((), assets=SceneAssets.load(path), **options)
 
     def _new_sampler(self, assets: SceneAssets) -> Sampler:
         return SceneSampler(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _assign(table, chosen, queries, slots, Q: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's
+def _assign(table, chosen, queries, slots, Q: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton has no types of pointers
     """Shortest augmenting paths (Crouse 2016, "On implementing 2D rectangular assignment algorithms")."""
     problem = tl.program_id(0).to(tl.int64)
     costs = table + problem * queries * slots

@@ -166,8 +166,9 @@ def concatenated(batches: list[Batch]) -> Batch:
     if surfaces:
         known = [batch.with_surfaces() for batch in filled]
         columns |= {name: torch.cat([getattr(b, name) for b in known]) for name in ("instance", "depth")}
-    if all(batch.full_masks is not None for batch in batches):
-        columns["full_masks"] = torch.cat([batch.full_masks for batch in filled])  # type: ignore[misc]  # none is None
+    masks = [batch.full_masks for batch in filled if batch.full_masks is not None]
+    if len(masks) == len(filled):
+        columns["full_masks"] = torch.cat(masks)
     return Batch(**columns)
 
 
