@@ -225,8 +225,15 @@ def test_layouts_made_of_the_labels_hold_streets(data_root: Path, tmp_path: Path
 
 # 2026-11: torch 2.13's Dynamo looks at the .grad of what it is given, leaf or not.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
 def test_one_training_step_on_renders_beside_a_photo(
-    assets: SceneAssets, layouts: Layouts, record: Record, objects: list[ObjectModel]
+    assets: SceneAssets, layouts: Layouts, record: Record, objects: list[ObjectModel], device: str
 ) -> None:
     """A mixed batch through the network with sizes, its loss, and back: every part that should learn does."""
     given = {"assets": assets, "layouts": layouts, "frames": [record], "config": CONFIG}
@@ -234,7 +241,7 @@ def test_one_training_step_on_renders_beside_a_photo(
         render = s.batch(0)
     names = [model.name for model in objects]
     photo = augmented(to_batch([record], names), (320, 96), AugmentConfig(zoom=(1.0, 1.0)), (1,))
-    batch = concatenated([render, photo])
+    batch = concatenated([render, photo]).to(device)
     torch.manual_seed(0)
     network = SmopeS(
         SmopeSConfig(
@@ -242,7 +249,7 @@ def test_one_training_step_on_renders_beside_a_photo(
             queries=24, mesh_tokens=4, surface_points=64, anchors=16, refine_layers=1, rebuilt_points=32,
             region_cells=8, denoising_groups=1, predict_scale=True,
         )
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     objective = Objective(objects)
     whole = torch.compile(objective.detection_losses, backend="eager", fullgraph=True)
     objective.detection_losses = whole  # type: ignore[method-assign]

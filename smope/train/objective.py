@@ -202,7 +202,7 @@ class Objective:
         if ignored is not None and ignored.shape[1]:  # a batch may have no such area
             area = share_inside(cxcywh_to_xyxy(boxes.detach())[..., None, :], ignored[None, :, None])
             judged = area.amax(-1) < _IGNORED_SHARE  # [L, B, Q]
-            judged = judged.scatter_reduce(2, match, present.expand_as(match), "amax")
+            judged = judged.float().scatter_reduce(2, match, present.float().expand_as(match), "amax")
             label = label.unflatten(-1, logits.shape[-2:]) * judged[..., None]
         if only_matched:
             label = label.unflatten(-1, logits.shape[-2:]) * present[..., None]
