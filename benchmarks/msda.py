@@ -40,16 +40,9 @@ SECONDS = 0.25  # of repeats, for one figure
 # Settings of the kernels' sources to try, by the cases that they concern: what nvcc is told.
 VARIANTS: dict[str, list[str]] = {
     "as it is": [],
-    "training encoder: tile 2 blocks": ["-DSMOPE_TILE_BLOCKS=2"],
     "training encoder: tile 3 blocks": ["-DSMOPE_TILE_BLOCKS=3"],
-    "encoder: grad_output in shared memory in 16 bit": ["-DSMOPE_TILE_NARROW"],
-    "encoder: the same, tile 16x8": [
-        "-DSMOPE_TILE_NARROW",
-        "-DSMOPE_TILE_WIDTH=16",
-        "-DSMOPE_TILE_BLOCKS=2",
-        "-DSMOPE_TILE_CELLS=4096",
-    ],
-    "encoder: forward 4 blocks": ["-DSMOPE_FORWARD_BLOCKS=4"],
+    "encoder: forward 3 blocks": ["-DSMOPE_FORWARD_BLOCKS=3"],
+    "encoder: forward 5 blocks": ["-DSMOPE_FORWARD_BLOCKS=5"],
     "decoder: split in 8": ["-DSMOPE_SPLIT=8"],
     "decoder: never gathered": ["-DSMOPE_GATHER_BATCH=1073741824"],
     "decoder: always gathered": ["-DSMOPE_GATHER_BATCH=1"],

@@ -6,7 +6,7 @@
 namespace smope {
 
 #ifndef SMOPE_FORWARD_BLOCKS  // of a multiprocessor, at least
-#define SMOPE_FORWARD_BLOCKS (sizeof(typename L::Value) == 4 ? 5 : 3)
+#define SMOPE_FORWARD_BLOCKS (sizeof(typename L::Value) == 4 ? 5 : L::kLevels > 3 ? 3 : 4)
 #endif
 
 template <class L>

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
         const long long batch_row = static_cast<long long>(batch) * p.queries;
 
         // ---- 1. The queries' gradients, and each thread's points.
-        constexpr int kPiece = Vec16<typename T::Given>::kCount;
+        constexpr int kPiece = Vec16<float>::kCount;
         for (int i = threadIdx.x; i < (T::kQueries + 1) * L::kHead / kPiece; i += T::kThreads) {
             const int n = i / (L::kHead / kPiece), channel = i % (L::kHead / kPiece) * kPiece;
             const int query = n < T::kQueries ? query_at(n) : -1;

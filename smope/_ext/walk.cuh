@@ -54,18 +54,11 @@ struct Tile {
 #endif
     static constexpr int kChunks = SMOPE_TILE_CHUNKS;  // at a time
 
-#ifdef SMOPE_TILE_NARROW  // to be measured: half the bytes of shared memory to read, more to unpack
-    using Given = typename L::Value;
-#else
-    using Given = float;
-#endif
-    static constexpr bool kWhole = sizeof(Given) == 2;  // a lane's eight channels lie side by side: one access
-
     struct Shared {
         float4 weights[kChunks];                    // of a chunk's corners; then their products
         unsigned queries[kChunks];                  // of a chunk's corners, 8 bits each
         int cells[kChunks];                         // of a chunk
-        alignas(16) Given given[(kQueries + 1) * L::kHead];  // the queries' grad_output, and a row of zeros
+        alignas(16) float given[(kQueries + 1) * L::kHead];  // the queries' grad_output, and a row of zeros
         alignas(16) unsigned counts[kCells + 4];    // counts[kCells]: corners outside the windows
         float tops[L::kLevels][kQueries], sums[L::kLevels][kQueries];  // of the softmax; sums of weight * slope
         int boxes[kWarps][8];
@@ -93,8 +86,8 @@ __device__ inline void unpack(const Four<T>& raw, float (&x)[4]) {
     }
 }
 
-// A lane's eight channels of a row, side by side or four and, `beyond` them, four.
-template <class T, bool kWhole>
+// A lane's eight channels of a row: four and, `beyond` them, four.
+template <class T>
 struct Eight {
     Four<T> low, high;
     __device__ void load(const T* at, int beyond) {
@@ -106,17 +99,6 @@ struct Eight {
         unpack(high, b);
     }
 };
-template <class T>
-struct Eight<T, true> {
-    uint4 raw;
-    __device__ void load(const T* at, int) { raw = *reinterpret_cast<const uint4*>(at); }
-    __device__ void get(float (&a)[4], float (&b)[4]) const {
-        float x[8];
-        unpack(raw, x, T{});
-#pragma unroll
-        for (int k = 0; k < 4; ++k) a[k] = x[k], b[k] = x[k + 4];
-    }
-};
 
 // Step 3: each group of lanes takes the next stretch of chunks; leaves products in place of the weights.
 template <class T>
@@ -124,20 +106,19 @@ __device__ inline void walk(const Problem<T::L::kLevels>& p, const Gradients<typ
                             typename T::Shared& shared, int batch, int chunks) {
     using L = typename T::L;
     using Value = typename L::Value;
-    using Given = typename T::Given;
     const int group = threadIdx.x / T::kLanes, lane = threadIdx.x % T::kLanes;
     const int stretch = ceil_div(chunks, T::kGroups) | 1;  // odd: groups of a warp read other banks
     const int begin = group * stretch, end = min(begin + stretch, chunks);
     // A lane's channels: four of each half of the head; every other group begins with the upper half, so that two
     // groups that read together meet in no bank.
-    const int channel = T::kWhole ? 8 * lane : 4 * lane + (group % 2) * (L::kHead / 2);
-    const int beyond = T::kWhole ? 4 : group % 2 ? -L::kHead / 2 : L::kHead / 2;  // from there to the other four
+    const int channel = 4 * lane + (group % 2) * (L::kHead / 2);
+    const int beyond = group % 2 ? -L::kHead / 2 : L::kHead / 2;  // from there to the other four
     const long long first = batch * p.cells * L::kStride + static_cast<int>(blockIdx.y) * L::kHead + channel;
     const Value* value = static_cast<const Value*>(p.value) + first;
     float* grad_value = static_cast<float*>(grad.value) + first;
     const char* grad_output = reinterpret_cast<const char*>(shared.given + channel);
-    constexpr int kRow = L::kHead * sizeof(Given);  // bytes, a power of two
-    Eight<Value, T::kWhole> ahead = {};  // of the next chunk's row of value
+    constexpr int kRow = L::kHead * sizeof(float);  // bytes, a power of two
+    Eight<Value> ahead = {};  // of the next chunk's row of value
     const auto prefetch = [&](int cell) { ahead.load(value + static_cast<long long>(cell) * L::kStride, beyond); };
     int cell = 0;
     if (begin < end) prefetch(cell = shared.cells[begin]);
@@ -157,8 +138,8 @@ __device__ inline void walk(const Problem<T::L::kLevels>& p, const Gradients<typ
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const unsigned row = kRow >> 8 * j ? queries * (kRow >> 8 * j) : queries / ((1 << 8 * j) / kRow);
-                Eight<Given, T::kWhole> given;
-                given.load(reinterpret_cast<const Given*>(grad_output + (row & 255 * kRow)), beyond);
+                Eight<float> given;
+                given.load(reinterpret_cast<const float*>(grad_output + (row & 255 * kRow)), beyond);
                 float x[4], y[4];
                 given.get(x, y);
 #pragma unroll
