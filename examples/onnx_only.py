@@ -11,7 +11,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-THRESHOLD, OVERLAP_OF_ONE = 0.5, 0.7
+THRESHOLD = 0.5
+OVERLAP_OF_ONE, OF_TWO_NAMES = 0.7, 0.9  # boxes that overlap more show one object
 
 
 def fit(photo, K, width, height):
@@ -45,8 +46,8 @@ def main(model, photo, fx, fy, cx, cy):
     found = {output.name: value[0] for output, value in zip(session.get_outputs(), outputs, strict=True)}
     kept = []
     for i in np.flatnonzero(found["scores"] >= THRESHOLD):  # best first
-        doubles = (j for j in kept if found["labels"][i] == found["labels"][j])
-        if all(overlap(found["boxes"][i], found["boxes"][j]) <= OVERLAP_OF_ONE for j in doubles):
+        most = np.where(found["labels"][kept] == found["labels"][i], OVERLAP_OF_ONE, OF_TWO_NAMES)
+        if all(overlap(found["boxes"][i], found["boxes"][j]) <= m for j, m in zip(kept, most, strict=True)):
             kept.append(i)
     for i in kept:
         box = ((found["boxes"][i] + 0.5) / scale - 0.5).round(1).tolist()

@@ -22,6 +22,7 @@ from smope.poses import Poses
 Floats = NDArray[np.float32]
 
 OVERLAP_OF_ONE = 0.7  # two boxes of one mesh that overlap by this IoU are the same object
+OVERLAP_OF_TWO_NAMES = 0.9  # and two boxes of different meshes by this one: an object is of one kind
 
 
 def find_table(network: Network, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
@@ -96,13 +97,14 @@ def read_table(
 
 
 def _distinct(boxes: Floats, labels: Floats, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[B, N]: those of `wanted` that no better one (they come best first) of the same mesh covers."""
+    """[B, N]: those of `wanted` that no better one (they come best first) covers."""
     keep = wanted.copy()
     count = wanted.shape[1]
     later = np.arange(count)[:, None] < np.arange(count)
-    same = (labels[:, :, None] == labels[:, None]) & wanted[:, :, None] & wanted[:, None] & later  # [B, N, N]
-    image, better, worse = np.nonzero(same)
-    covered = _overlaps(boxes[image, better], boxes[image, worse]) > OVERLAP_OF_ONE
+    image, better, worse = np.nonzero(wanted[:, :, None] & wanted[:, None] & later)
+    alike = labels[image, better] == labels[image, worse]
+    most = np.where(alike, OVERLAP_OF_ONE, OVERLAP_OF_TWO_NAMES)
+    covered = _overlaps(boxes[image, better], boxes[image, worse]) > most
     for i, one, other in zip(*(of[covered].tolist() for of in (image, better, worse)), strict=True):
         if keep[i, one]:
             keep[i, other] = False
