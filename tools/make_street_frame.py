@@ -1,4 +1,4 @@
-"""Render smope/assets/street.png and street.json, which examples/street.py shows its use on.
+"""Render smope/assets/street.png and street.json, which examples/street.py reads.
 
     SMOPE_DATA=FOLDER python tools/make_street_frame.py [--seed N] [--out FILE.png]
 
@@ -13,12 +13,16 @@ import argparse
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from smope import ObjectModel
+from smope.data.items import Batch
 from smope.meshes import load_mesh
 from smope.scenes.assets import SceneAssets
 from smope.scenes.layout import Scene
@@ -103,9 +107,32 @@ def main() -> None:
         batch = stream.batch(0)
     pixels = (batch.images[0] * 255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(given.out, optimize=True)
-    camera = {"K": batch.K[0].tolist(), "size": [CALM.width, CALM.height]}
-    given.out.with_suffix(".json").write_text(json.dumps(camera) + "\n", encoding="utf-8")
+    size = [CALM.width, CALM.height]
+    told = {"K": batch.K[0].tolist(), "size": size, "vehicles": vehicles_of(batch, objects)}
+    given.out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(f"{given.out}: {given.out.stat().st_size / 1024:.0f} KiB, {int(batch.present.sum())} vehicles")
+
+
+def vehicles_of(batch: Batch, objects: Sequence[ObjectModel]) -> list[dict[str, Any]]:
+    """Class, middle (metres, camera), rotation about the camera's y (KITTI's rotation_y), width, length and
+    height (metres) and visible share of what stands in the first image."""
+    told = []
+    assert batch.scale is not None
+    for i in batch.present[0].nonzero().flatten().tolist():
+        mesh = objects[int(batch.labels[0, i])]
+        T, scale = batch.T_CO[0, i].double(), batch.scale[0, i].double()
+        middle = T[:3, :3] @ (scale * mesh.centre) + T[:3, 3]
+        ahead = -T[:3, 1]  # the front of a vehicle is its -y
+        told.append(
+            {
+                "class": mesh.name,
+                "middle": [round(x, 4) for x in middle.tolist()],
+                "rotation_y": round(float(torch.atan2(-ahead[2], ahead[0])), 4),
+                "size": [round(x, 4) for x in (scale * mesh.extents).tolist()],
+                "visibility": round(float(batch.visibility[0, i]), 4),
+            }
+        )
+    return told
 
 
 def pictures(sky: np.ndarray) -> tuple[bytes, ...]:
