@@ -5,7 +5,8 @@
 
 Four sets: the frames of measure.txt; LabelImg3D's, with its own focal length and centre; the track of train
 that the recipe holds out; and renders of streets with a seed far from training's, the held-out track behind a
-part of them. The record of a step goes to benchmarks/kitti/NAME.json, from which alone the tables are made.
+part of them. The record of a step goes to benchmarks/kitti/NAME.json, from which alone the tables are made;
+that of the bundled weights also lies beside them as scores.json.
 """
 
 from __future__ import annotations

@@ -65,6 +65,33 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+STREET = {
+    "objects": 31, "AP_2d_50_moderate": 0.91549, "AOS_50_moderate": 0.5, "AP_3d_50_moderate": 0.4,
+    "recall": None, "depth_error": 0.0371, "yaw_error_deg": 2.43, "intervals": {"depth_error": [0.021, 0.0429]},
+}  # fmt: skip
+
+
+def test_streets_are_told_by_class(root: Path) -> None:
+    folder = root / "smope" / "weights" / "street"
+    shutil.copytree(folder.parent / "toy", folder)
+    scores = json.loads((folder / "scores.json").read_text())
+    few = {**STREET, "objects": 2}
+    sets = {
+        "measure": {"images": 17, "objects": {"Car": STREET, "Tram": {**STREET, "objects": 0}}},
+        "renders": {"images": 500, "objects": {"Car": few}},
+    }
+    kept = {key: scores[key] for key in ("weights_sha256", "command", "device", "date", "torch")}
+    (folder / "scores.json").write_text(json.dumps({**kept, "sets": sets}))
+    (root / "README.md").write_text(README + f"<!-- table: streets -->\n{END}")
+    assert run(root).returncode == 0
+    card = (folder / "MODEL_CARD.md").read_text()
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in card.splitlines() if "| Car |" in line]
+    assert lines[0][1:] == ["Car", "31", "0.92", "0.50", "0.40", "", "3.7% (2.1% to 4.3%)", "2.4 deg"]
+    assert lines[1][-2] == "3.7%"  # of two objects nothing can be drawn anew
+    assert "Tram" not in card
+    assert all("|".join(line) in (root / "README.md").read_text().replace(" | ", "|") for line in lines)
+
+
 def row(targets: int, mssd: float, mspd: float, add: float | None) -> dict[str, Any]:
     return {"targets": targets, "AR_MSSD": mssd, "AR_MSPD": mspd, "ADD(-S)": add, "found": 0.5}
 

@@ -4,9 +4,9 @@
     python tools/update_tables.py --check   # changes nothing; fails if one is stale
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Its figures come from
-`benchmarks/peers.json` and from the `scores.json` that `smope evaluate` wrote for the bundled weights, which
-must be of the very file of weights that lies beside it. Those of a training run come from the `run.json` and
-`curves.csv` that `smope fit` wrote.
+`benchmarks/peers.json` and from the `scores.json` of the bundled weights, which must be of the very file of
+weights that lies beside it: `smope evaluate` wrote it or, for streets, `benchmarks/kitti.py`. Those of a
+training run come from the `run.json` and `curves.csv` that `smope fit` wrote.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ _HELD_OUT = {  # column of curves.csv -> heading
     "visibility_error": "visibility error",
     "depth_error": "depth error",
 }
+_STREET = {  # key of a class's scores in a record of benchmarks/kitti.py -> heading
+    "AP_2d_50_moderate": "2D AP@0.5",
+    "AOS_50_moderate": "AOS",
+    "AP_3d_50_moderate": "3D AP@0.5",
+    "recall": "recall",
+    "depth_error": "depth error",
+    "yaw_error_deg": "yaw error",
+}
+_STREET_SETS = {"measure": "KITTI, frames not trained on", "renders": "renders"}
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w -]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -72,6 +81,10 @@ class BundledModel:
         return found[1]
 
     @property
+    def is_street(self) -> bool:
+        return "sets" in self.scores
+
+    @property
     def parameters(self) -> int:
         """Learned numbers of the network; what is stored of its meshes and running statistics are none."""
         with self.weights.open("rb") as file:
@@ -91,12 +104,12 @@ def bundled_models(root: Path) -> list[BundledModel]:
     for config in sorted((root / "smope" / "weights").glob("*/config.json")):
         scores_file = config.parent / "scores.json"
         if not scores_file.is_file():
-            raise StaleError(f"{scores_file}: missing; `smope evaluate` writes it")
+            raise StaleError(f"{scores_file}: missing; `smope evaluate` or benchmarks/kitti.py writes it")
         model = BundledModel(config.parent, _read(config), _read(scores_file))
         digest = hashlib.sha256(model.weights.read_bytes()).hexdigest()
         if model.scores.get("weights_sha256") != digest:
             raise StaleError(
-                f"{scores_file}: not of the weights beside it; run `smope evaluate` and copy scores.json"
+                f"{scores_file}: not of the weights beside it; score them anew and put the record there"
             )
         models.append(model)
     return models
@@ -118,7 +131,7 @@ def lmo_table(root: Path) -> list[str]:
     """Our scores on LM-O and those of others."""
     rows = []
     for model in bundled_models(root):
-        if model.scores["dataset"] == "lmo":
+        if model.scores.get("dataset") == "lmo":
             scores = {**model.scores["all"], "seconds": model.scores.get("seconds_an_image_median")}
             where = f"`scores.json`; {model.scores['device']}"
             rows.append(
@@ -138,8 +151,15 @@ def lmo_table(root: Path) -> list[str]:
     )
 
 
+def streets_table(root: Path) -> list[str]:
+    """How well streets are read, class by class."""
+    return [line for model in bundled_models(root) if model.is_street for line in _street_lines(model)]
+
+
 def card_table(model: BundledModel) -> list[str]:
     """A model's scores, object by object."""
+    if model.is_street:
+        return _street_lines(model)
     rows = [
         [
             name,
@@ -165,6 +185,31 @@ def card_table(model: BundledModel) -> list[str]:
         f"{model.scores['device']}, torch {model.scores['torch']}: `{model.scores['command']}`"
     )
     return [*_table(heading, rows), "", said]
+
+
+def _street_lines(model: BundledModel) -> list[str]:
+    rows = [
+        [where, name, str(row["objects"]), *(_street_cell(row, key) for key in _STREET)]
+        for key, where in _STREET_SETS.items()
+        for name, row in model.scores["sets"][key]["objects"].items()
+        if row["objects"]
+    ]
+    images = ", ".join(f"{model.scores['sets'][key]['images']} of `{key}`" for key in _STREET_SETS)
+    said = (
+        f"Moderate objects; images: {images}; {model.scores['date'][:10]}, {model.scores['device']}, torch "
+        f"{model.scores['torch']}: `{model.scores['command']}`"
+    )
+    return [*_table(["images", "class", "objects", *_STREET.values()], rows), "", said]
+
+
+def _street_cell(row: dict[str, Any], key: str) -> str:
+    """A figure with its 5th and 95th percentile, where there are a few objects to draw anew."""
+    form = {"depth_error": "{:.1%}", "yaw_error_deg": "{:.1f} deg"}.get(key, "{:.2f}")
+    if row[key] is None or row[key] != row[key]:
+        return ""
+    ends = row.get("intervals", {}).get(key) if row["objects"] > 2 else None
+    span = f" ({' to '.join(form.format(end).removesuffix(' deg') for end in ends)})" if ends else ""
+    return form.format(row[key]) + span
 
 
 def training_table(record: Path) -> list[str]:
@@ -223,16 +268,22 @@ def updated(text: str, tables: dict[str, Callable[[], list[str]]], where: Path) 
 def documents(root: Path) -> dict[Path, str]:
     """Each file with tables, and what it should say."""
     readme = root / "README.md"
-    tables = {"models": lambda: models_table(root), "lmo": lambda: lmo_table(root)}
+    tables = {
+        "models": lambda: models_table(root),
+        "lmo": lambda: lmo_table(root),
+        "streets": lambda: streets_table(root),
+    }
     result = {readme: updated(readme.read_text(encoding="utf-8"), tables, readme)}
     for model in bundled_models(root):
         text = model.card.read_text(encoding="utf-8")
         result[model.card] = updated(text, {"scores": lambda model=model: card_table(model)}, model.card)  # type: ignore[misc]
         if "<!-- table: scores -->" not in text:
             raise StaleError(f"{model.card}: no block `<!-- table: scores -->`")
-    for record in sorted((root / "benchmarks" / "lmo").glob("*/")):
-        tables[f"training {record.name}"] = partial(training_table, record)
-        tables[f"pieces {record.name}"] = partial(pieces_table, record)
+    for record in sorted((root / "benchmarks").glob("*/*/run.json")):
+        folder = record.parent
+        name = folder.name if folder.parent.name == "lmo" else f"{folder.parent.name} {folder.name}"
+        tables[f"training {name}"] = partial(training_table, folder)
+        tables[f"pieces {name}"] = partial(pieces_table, folder)
     for page in (root / "benchmarks" / "training.md", root / "docs" / "own_objects.md"):
         if page.is_file():
             result[page] = updated(page.read_text(encoding="utf-8"), tables, page)
