@@ -75,17 +75,17 @@ def join(tokens: Sequence[Tokens], device: torch.device) -> Tokens:
 
 @torch.no_grad()
 def find(
-    network: Network, images: Tensor, K: Tensor, tokens: Tokens, top_k: int
+    network: Network, images: Tensor, K: Tensor, tokens: Tokens, top_k: int, lowest: float = 0.0
 ) -> tuple[Found, tuple[int, int]]:
     """images [B, 3, H, W] in 0..1, K [B, 3, 3] pixels -> what was found, and the (width, height) in pixels
-    that its boxes count in"""
+    that its boxes count in. What scores below `lowest` may be missing."""
     if isinstance(network, SmopePaper):
         assert isinstance(tokens, PaperTokens)
         # Of any size: its paddings of 32 would count as image.
         found = paper_find.find(network, images, K, tokens, top_k)
     else:
         images = pad_to_multiple(images)
-        found = network(images, K, tokens, top_k)
+        found = network(images, K, tokens, top_k, lowest)
     return found, (images.shape[-1], images.shape[-2])
 
 

@@ -301,7 +301,7 @@ class SMOPE:
         for indices in by_shape.values():
             images = [prepared[i][0] for i in indices]
             intrinsics = torch.stack([prepared[i][1].K for i in indices])
-            table = self._engine(images, intrinsics, self._tokens, top_k)
+            table = self._engine(images, intrinsics, self._tokens, top_k, threshold)
             scaled, own = [prepared[i][1] for i in indices], [cameras[i] for i in indices]
             for i, found in zip(
                 indices, read_table(table, scaled, own, self.objects, threshold), strict=True

@@ -25,15 +25,18 @@ OVERLAP_OF_ONE = 0.7  # two boxes of one mesh that overlap by this IoU are the s
 OVERLAP_OF_TWO_NAMES = 0.9  # and two boxes of different meshes by this one: an object is of one kind
 
 
-def find_table(network: Network, images: Tensor, K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
-    """images [B, 3, H, W], uint8 or 0..1, K [B, 3, 3] pixels -> [B, P, 24] float32, best pairs first
+def find_table(
+    network: Network, images: Tensor, K: Tensor, tokens: Tokens, top_k: int, lowest: float = 0.0
+) -> Tensor:
+    """images [B, 3, H, W], uint8 or 0..1, K [B, 3, 3] pixels -> [B, P, 24] float32, best pairs first; those
+    that score below `lowest` may be missing
 
     A row: score, label, box (xyxy, pixels of this image), rotation, centre, visibility's logit, log sigma,
     scale.
     """
     if images.dtype == torch.uint8:
         images = images.float() / 255.0
-    found, frame = find(network, images, K, tokens, top_k)
+    found, frame = find(network, images, K, tokens, top_k, lowest)
     pose = found.pairs.poses[-1]
     corners = unit_to_pixels(cxcywh_to_xyxy(found.boxes.float()).unflatten(-1, (2, 2)), frame).flatten(-2)
     columns = [

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from small_model import SIZE, K, noise, small_model
 from smope import SMOPE, Camera, Poses, hub
 from smope.camera import CameraError
 from smope.images import ImageError
+from smope.networks.outputs import PoseEstimate
+from smope.networks.regions import RegionReader
+from smope.results import find_table
 
 COLUMNS = ("labels", "scores", "boxes_xyxy", "T_CO", "scale", "visibility", "sigma")
 
@@ -89,11 +93,38 @@ def test_threshold_and_top_k_only_leave_out(shared: SMOPE) -> None:
     found = everything(shared, noise(1))
     assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
     middle = float(found.scores[2])
-    assert_same(shared.predict(noise(1), threshold=middle), found[found.scores >= middle])
+    best, expected = shared.predict(noise(1), threshold=middle), found[found.scores >= middle]
+    assert best.names == expected.names
+    for column in COLUMNS:  # in the sums of fewer pairs other numbers are rounded
+        torch.testing.assert_close(getattr(best, column), getattr(expected, column), rtol=1e-4, atol=1e-4)
     few = shared.predict(noise(1), threshold=0.0, top_k=3)
     assert 1 <= len(few) <= 3
     torch.testing.assert_close(few.T_CO[0], found.T_CO[0], rtol=1e-5, atol=1e-5)
     assert len(shared.predict(noise(1), threshold=1.0)) == 0
+
+
+def test_pairs_below_the_threshold_are_not_looked_at_closer(
+    model: SMOPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch looks at as many as its richest image has, and at one where there is none."""
+    looked, real = [], RegionReader.forward
+
+    def spied(self: RegionReader, direct: PoseEstimate, pairs: torch.Tensor, *rest: Any) -> Any:
+        looked.append(tuple(pairs.shape[:2]))
+        return real(self, direct, pairs, *rest)
+
+    monkeypatch.setattr(RegionReader, "forward", spied)
+    images = [noise(1), noise(2)]
+    assert model._tokens is not None
+    scores = find_table(model.network, torch.stack(images), torch.tensor([K, K]), model._tokens, 32)[..., 0]
+    middle = float(scores[0, 3])
+    most = int((scores >= middle).sum(1).max())
+    assert 1 < most < 12
+    model.predict(images, threshold=middle)
+    model.predict(images, threshold=1.0)
+    model.fast = True  # a graph is for any number of them
+    model.predict(images[0], threshold=1.0)
+    assert looked == [(2, 12), (2, most), (2, 1), (1, 12)]
 
 
 def test_poses_are_rigid_finite_and_in_front(shared: SMOPE) -> None:

@@ -155,11 +155,15 @@ class Engine:
         with self._lock:
             self._clear()
 
-    def __call__(self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
+    def __call__(
+        self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int, lowest: float = 0.0
+    ) -> Tensor:
         """images B x [3, H, W] on the device, uint8 or 0..1, K [B, 3, 3] pixels on the CPU -> table
-        [B, P, 24] on the CPU"""
+        [B, P, 24] on the CPU; pairs that score below `lowest` may be missing"""
         if not self.fast or self._refused:
-            return self._eager(images, K, tokens, top_k)
+            # Most pairs score low, and reading their regions is a fifth of the time on a CPU. A GPU would
+            # have to wait for the scores.
+            return self._eager(images, K, tokens, top_k, 0.0 if images[0].is_cuda else lowest)
         with self._lock:
             starts = range(0, len(images), LARGEST_BATCH)
             parts = [
@@ -205,9 +209,11 @@ class Engine:
             return self._part(images, K, tokens, top_k)
         return table
 
-    def _eager(self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int) -> Tensor:
+    def _eager(
+        self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int, lowest: float = 0.0
+    ) -> Tensor:
         whole = torch.stack(list(images))
-        return find_table(self.network, whole, K.to(whole.device), tokens, top_k).cpu()
+        return find_table(self.network, whole, K.to(whole.device), tokens, top_k, lowest).cpu()
 
     def _make(
         self, key: Key, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int

@@ -125,14 +125,23 @@ class SmopeS(nn.Module):
     def encode_meshes(self, inputs: MeshInputs) -> MeshTokens:
         return self.mesh_encoder(inputs)
 
-    def forward(self, images: Tensor, K: Tensor, meshes: MeshTokens, top_k: int = 32) -> Found:
-        """images [B, 3, H, W] in 0..1 with H and W multiples of 32, K [B, 3, 3] pixels"""
+    def forward(
+        self, images: Tensor, K: Tensor, meshes: MeshTokens, top_k: int = 32, lowest: float = 0.0
+    ) -> Found:
+        """images [B, 3, H, W] in 0..1 with H and W multiples of 32, K [B, 3, 3] pixels
+
+        Pairs that score below `lowest` in every image of the batch may be left out, whose number then
+        depends on what is seen: not for graphs.
+        """
         features = self.encode_image(images)
         detections = self.detect(features, meshes)
         queries, boxes = detections.queries[-1], detections.boxes[-1]
         # Pairs are ranked, not queries by their best mesh: one more mesh must not take another's query.
         scores = detections.logits[-1].sigmoid().flatten(1)  # [B, Q M]
         scores, best = scores.topk(min(top_k, queries.shape[1]), dim=1)
+        if lowest > 0:  # one pair stays, as not all operators take none
+            count = max(1, scores.shape[1] - int((scores < lowest).sum(1).min()))
+            scores, best = scores[:, :count], best[:, :count]
         labels, query = best % len(meshes), best // len(meshes)
         boxes = take(boxes, query)
         size = (images.shape[-1], images.shape[-2])
