@@ -1,4 +1,5 @@
-"""The C++ kernel for CPUs against the definition in float64; when it is compiled, and when it is taken."""
+"""The C++ kernel for CPUs, and the bags of samples where there is none, against the definition in float64;
+when the kernel is compiled, and when each is taken."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from smope.ops import build, ms_deform_attn
+from smope.ops import bags, build, ms_deform_attn
+from smope.ops.cpu_forms import cpu_forms
 from smope.ops.library import ms_deform_attn_operator
 from smope.ops.ms_deform_attn import Shapes, ms_deform_attn_torch
 
@@ -114,6 +117,48 @@ def test_kernel_is_what_runs_and_threads_do_not_change_it(compiled: Path) -> Non
     for other in found[1:]:
         for got, want in zip(other, found[0], strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_bags_give_the_definition(case: dict[str, int]) -> None:
+    shapes, leaves = case.get("shapes", PYRAMID), inputs(**case)  # type: ignore[arg-type]
+    got = bags.forward(leaves[0], shapes, *leaves[1:])
+    want = ms_deform_attn_torch(leaves[0].double(), shapes, *(leaf.double() for leaf in leaves[1:]))
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_bags_do_not_read_what_lies_far_outside_or_is_no_number() -> None:
+    value, reference, offsets, logits = inputs()
+    value.fill_(1.0)
+    offsets[0] = torch.tensor([1e30, -1e30])
+    offsets[1, :20], offsets[1, 20:] = float("nan"), float("inf")
+    assert bags.forward(value, PYRAMID, reference, offsets, logits).abs().max() == 0
+
+
+def test_bags_are_taken_where_asked_for_without_kernel_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    real = bags.forward
+
+    def spied(*args: Any) -> Tensor:
+        taken.append(1)
+        return real(*args)
+
+    monkeypatch.setenv("SMOPE_MSDA", "torch")
+    monkeypatch.setattr(bags, "forward", spied)
+    leaves = inputs()
+    with cpu_forms():
+        ms_deform_attn(leaves[0], PYRAMID, *leaves[1:])
+        assert not taken
+        with torch.no_grad():
+            ms_deform_attn(leaves[0].double(), PYRAMID, *leaves[1:])
+            assert not taken
+            ms_deform_attn(leaves[0], PYRAMID, *leaves[1:])
+            assert taken
+            nothing = [leaf[:, :0] for leaf in leaves[1:]]
+            assert ms_deform_attn(leaves[0], PYRAMID, *nothing).shape == (2, 0, 96)
+    with torch.no_grad():
+        ms_deform_attn(leaves[0], PYRAMID, *leaves[1:])
+    assert len(taken) == 1
 
 
 @needs_compiler

@@ -18,6 +18,7 @@ from smope.inference.kernels import Kernel
 from smope.inference.record import NotRecordable, record
 from smope.inference.simplify import simplify
 from smope.networks.recorded import whole_steps
+from smope.ops.cpu_forms import cpu_forms
 from smope.results import find_table
 
 log = logging.getLogger(__name__)
@@ -161,9 +162,7 @@ class Engine:
         """images B x [3, H, W] on the device, uint8 or 0..1, K [B, 3, 3] pixels on the CPU -> table
         [B, P, 24] on the CPU; pairs that score below `lowest` may be missing"""
         if not self.fast or self._refused:
-            # Most pairs score low, and reading their regions is a fifth of the time on a CPU. A GPU would
-            # have to wait for the scores.
-            return self._eager(images, K, tokens, top_k, 0.0 if images[0].is_cuda else lowest)
+            return self._eager(images, K, tokens, top_k, lowest)
         with self._lock:
             starts = range(0, len(images), LARGEST_BATCH)
             parts = [
@@ -213,7 +212,11 @@ class Engine:
         self, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int, lowest: float = 0.0
     ) -> Tensor:
         whole = torch.stack(list(images))
-        return find_table(self.network, whole, K.to(whole.device), tokens, top_k, lowest).cpu()
+        on_cpu = whole.device.type == "cpu"
+        if not on_cpu:  # to know how many are left, the host would wait for the device
+            lowest = 0.0
+        with cpu_forms(on_cpu):
+            return find_table(self.network, whole, K.to(whole.device), tokens, top_k, lowest).cpu()
 
     def _make(
         self, key: Key, images: Sequence[Tensor], K: Tensor, tokens: Tokens, top_k: int

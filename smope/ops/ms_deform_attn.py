@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smope.ops import build
+from smope.ops import bags, build
+from smope.ops.cpu_forms import takes_cpu_form
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -35,7 +36,8 @@ def ms_deform_attn(
 
     SMOPE_MSDA=auto takes a kernel where one can be had: CUDA's on a GPU, compiled at its first use, and on
     the CPU the C++ one if `smope build` has compiled it. =cuda and =cpu insist on theirs for the tensors of
-    that device, =torch never takes one. Exported graphs (torch.export, ONNX) hold the plain definition.
+    that device, =torch never takes one. `predict` on a CPU without one sums bags of samples
+    (`smope/ops/bags.py`). Exported graphs (torch.export, ONNX) hold the plain definition.
     """
     check_arguments(value, spatial_shapes, reference, offsets, logits)
     if not _exporting():
@@ -47,6 +49,8 @@ def ms_deform_attn(
         sizes = (index(value.shape[2]), index(value.shape[3]), index(logits.shape[3]), index(logits.shape[4]))
         if _takes_kernel(value.device.type, *sizes, value.dtype, kind):
             return ms_deform_attn_operator(value, spatial_shapes, reference, offsets, logits)
+        if all(takes_cpu_form(t) and t.numel() for t in (value, reference, offsets, logits)):
+            return bags.forward(value, spatial_shapes, reference, offsets, logits)
     return ms_deform_attn_torch(value, spatial_shapes, reference, offsets, logits)
 
 
