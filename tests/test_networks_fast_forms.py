@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from smope.networks import shifted
 from smope.networks.backbone import ConvNorm
-from smope.networks.deformable import CellProjection, EncoderLayer, NarrowLayerNorm
+from smope.networks.deformable import CellProjection, DeformableAttention, EncoderLayer, NarrowLayerNorm
 from smope.networks.position import cell_centres, pyramid_positions
+from smope.ops.cpu_forms import cpu_forms
 
 
 def gradients(layer: nn.Module, x: Tensor, along: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -135,3 +136,24 @@ def test_encoder_layer_keeps_autocasts_type_and_stays_near_float32() -> None:
     assert narrow.dtype == torch.bfloat16
     error = (narrow.double() - exact).norm() / exact.norm()
     assert error < 0.02  # a few roundings to 8 bits of values of size 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sides", [2, 4])
+def test_few_queries_may_read_before_they_project(sides: int) -> None:
+    """Against float64. Many samples lie outside, where neither memory nor the projection's bias is read."""
+    torch.manual_seed(0)
+    shapes = ((8, 12), (4, 6))
+    layer = DeformableAttention(32, 4, len(shapes), 3)
+    nn.init.normal_(layer.value_proj.bias)
+    nn.init.normal_(layer.sampling_offsets.weight)
+    cells = sum(h * w for h, w in shapes)
+    queries, memory = torch.randn(2, 7, 32), torch.randn(2, cells, 32)
+    reference = torch.rand(2, 7, len(shapes), sides)
+    exact = copy.deepcopy(layer).double()(queries.double(), reference.double(), memory.double(), shapes)
+    projected = []
+    layer.value_proj.register_forward_hook(lambda *_: projected.append(1))
+    with cpu_forms():
+        found = layer(queries, reference, memory, shapes)
+    assert not projected
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smope.networks.position import Shapes
 from smope.networks.precision import autocast_type, without_autocast
 from smope.ops import ms_deform_attn
+from smope.ops.cpu_forms import takes_cpu_form
 
 
 class DeformableAttention(nn.Module):
@@ -56,15 +57,38 @@ class DeformableAttention(nn.Module):
         """queries [B, Q, C], reference [B, Q, L, 2 or 4] in 0..1, memory [B, S, C], padding [B, S] bool ->
         [B, Q, C]"""
         batch, count, _ = queries.shape
+        points = (self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(queries).view(batch, count, *points, 2)
+        logits = self.attention_weights(queries).view(batch, count, *points)
+        if padding is None and count * self.heads < memory.shape[1] and takes_cpu_form(memory):
+            return self.output_proj(self._project_what_is_read(memory, shapes, reference, offsets, logits))
         value = self.value_proj(memory)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
         value = value.unflatten(-1, (self.heads, -1))  # [B, S, H, D]
-        points = (self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(queries).view(batch, count, *points, 2)
-        logits = self.attention_weights(queries).view(batch, count, *points)
         attended = ms_deform_attn(value, shapes, reference, offsets, logits)
         return self.output_proj(attended)
+
+    def _project_what_is_read(
+        self, memory: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+    ) -> Tensor:
+        """Attention of few queries: each head reads the cells as they are, and `value_proj` comes after.
+
+        Both are linear, so that the order does not matter; the bias counts by the share that was read
+        inside the image.
+        """
+        reference = reference.repeat_interleave(self.heads, 1)  # a query for each query and head
+        offsets, logits = (t.flatten(1, 2)[:, :, None] for t in (offsets, logits))
+        read, inside = (
+            ms_deform_attn(cells[:, :, None], shapes, reference, offsets, logits)
+            for cells in (memory, torch.ones_like(memory[..., :1]))
+        )
+        read, inside = (
+            t.unflatten(1, (-1, self.heads)) for t in (read, inside)
+        )  # [B, Q, H, C], [B, Q, H, 1]
+        weight = self.value_proj.weight.unflatten(0, (self.heads, -1))
+        bias = self.value_proj.bias.unflatten(0, (self.heads, -1))
+        return (torch.einsum("bqhc,hdc->bqhd", read, weight) + inside * bias).flatten(2)
 
 
 def dropout_layer(share: float) -> nn.Module:
