@@ -12,7 +12,7 @@ from smope.networks import shifted
 from smope.networks.backbone import ConvNorm
 from smope.networks.deformable import CellProjection, DeformableAttention, EncoderLayer, NarrowLayerNorm
 from smope.networks.position import cell_centres, pyramid_positions
-from smope.ops.cpu_forms import cpu_forms
+from smope.ops.cpu_forms import cpu_forms, linear
 
 
 def gradients(layer: nn.Module, x: Tensor, along: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -136,6 +136,41 @@ def test_encoder_layer_keeps_autocasts_type_and_stays_near_float32() -> None:
     assert narrow.dtype == torch.bfloat16
     error = (narrow.double() - exact).norm() / exact.norm()
     assert error < 0.02  # a few roundings to 8 bits of values of size 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kernel", "stride", "grouped"), [(3, 1, True), (3, 2, True), (5, 2, True), (3, 2, False), (1, 1, False)]
+)
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (9, 12), (7, 9)])
+def test_convolution_of_a_cpu_is_the_padded_one(
+    kernel: int, stride: int, grouped: bool, height: int, width: int
+) -> None:
+    """Against float64, in which the form for CPUs is never taken."""
+    torch.manual_seed(0)
+    layer = ConvNorm(8, 8, kernel, stride, groups=8 if grouped else 1)
+    layer.norm.running_mean = torch.randn(8)
+    layer.norm.weight.copy_(torch.rand(8) * 9)  # ReLU6 is to bite on both sides
+    x = torch.randn(2, 8, height, width)
+    exact = copy.deepcopy(layer).double()(x.double())
+    assert exact.min() == 0
+    assert exact.max() == 6
+    for kind in (torch.contiguous_format, torch.channels_last):
+        with cpu_forms():
+            found = layer(x.contiguous(memory_format=kind))
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [3, 1200])
+@pytest.mark.parametrize("relu", [False, True])
+def test_product_of_a_cpu_is_the_layers(rows: int, relu: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 16), torch.randn(2, rows, 24)
+    with cpu_forms():
+        found = linear(layer, x, relu)
+    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    torch.testing.assert_close(found.double(), exact.relu() if relu else exact, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -213,7 +213,9 @@ class Engine:
     ) -> Tensor:
         whole = torch.stack(list(images))
         on_cpu = whole.device.type == "cpu"
-        if not on_cpu:  # to know how many are left, the host would wait for the device
+        if on_cpu:  # convolutions of oneDNN, and the products after them, read such maps as they are
+            whole = whole.contiguous(memory_format=torch.channels_last)
+        else:  # to know how many are left, the host would wait for the device
             lowest = 0.0
         with cpu_forms(on_cpu):
             return find_table(self.network, whole, K.to(whole.device), tokens, top_k, lowest).cpu()

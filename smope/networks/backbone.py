@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from smope.networks import shifted
 from smope.networks.recorded import recorded_whole
+from smope.ops.cpu_forms import convolution, takes_onednn
 
 BackboneName = Literal["efficientnet_lite2", "resnet50v2"]
 
@@ -55,6 +56,8 @@ class ConvNorm(nn.Module):
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
         weight = self.conv.weight * scale[:, None, None, None]
         bias = self.norm.bias - self.norm.running_mean * scale
+        if takes_onednn(x):
+            return convolution(x, weight, bias, self.conv.stride, self._ends(x), self.conv.groups, self.relu)
         if self._sums_shifts(x):
             x = shifted.depthwise(x, weight, bias, self.conv.stride[0], self._ends(x))
         elif self.thins and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not recorded_whole():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smope.networks.position import Shapes
 from smope.networks.precision import autocast_type, without_autocast
 from smope.ops import ms_deform_attn
-from smope.ops.cpu_forms import takes_cpu_form
+from smope.ops.cpu_forms import linear, takes_cpu_form
 
 
 class DeformableAttention(nn.Module):
@@ -58,16 +58,16 @@ class DeformableAttention(nn.Module):
         [B, Q, C]"""
         batch, count, _ = queries.shape
         points = (self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(queries).view(batch, count, *points, 2)
-        logits = self.attention_weights(queries).view(batch, count, *points)
+        offsets = linear(self.sampling_offsets, queries).view(batch, count, *points, 2)
+        logits = linear(self.attention_weights, queries).view(batch, count, *points)
         if padding is None and count * self.heads < memory.shape[1] and takes_cpu_form(memory):
             return self.output_proj(self._project_what_is_read(memory, shapes, reference, offsets, logits))
-        value = self.value_proj(memory)
+        value = linear(self.value_proj, memory)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
         value = value.unflatten(-1, (self.heads, -1))  # [B, S, H, D]
         attended = ms_deform_attn(value, shapes, reference, offsets, logits)
-        return self.output_proj(attended)
+        return linear(self.output_proj, attended)
 
     def _project_what_is_read(
         self, memory: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
@@ -146,8 +146,8 @@ class FeedForward(nn.Module):
         self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
-        return self.norm(x + self.dropout(self.linear2(hidden)))
+        hidden = self.dropout(linear(self.linear1, x, relu=True))
+        return self.norm(x + self.dropout(linear(self.linear2, hidden)))
 
 
 class EncoderLayer(nn.Module):
