@@ -90,8 +90,11 @@ def in_turns(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], repe
 def attention(options: argparse.Namespace) -> dict[str, Any]:
     """Of the encoder's and the decoder's first layers, forward, and with the backward pass."""
     import torch
+    from PIL import Image
 
     from smope import SMOPE
+    from smope.architectures import find
+    from smope.images import load_image
     from smope.networks import deformable
     from smope.ops import build
     from smope.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_torch
@@ -106,7 +109,10 @@ def attention(options: argparse.Namespace) -> dict[str, Any]:
         return ms_deform_attn(*given)
 
     deformable.ms_deform_attn = noted  # type: ignore[assignment]
-    model.predict(DEMO, fov=FOV)
+    # Not by `predict`, whose decoder asks otherwise on a CPU: smope/ops/cpu_forms.py.
+    with Image.open(DEMO) as opened, torch.no_grad():
+        pixels = load_image(opened.convert("RGB"), model.device)[None] / 255
+        find(model.network, pixels, torch.tensor([model.config.K]), model._tokens, 32)
     by_queries = {given[4].shape[1]: given for given in calls}
     rows = []
     for layer, given in (("encoder", by_queries[max(by_queries)]), ("decoder", by_queries[min(by_queries)])):
@@ -189,6 +195,7 @@ def exported(options: argparse.Namespace) -> dict[str, Any]:
     from smope import SMOPE
     from smope.architectures import find
     from smope.export import export_model
+    from smope.ops.cpu_forms import cpu_forms
 
     model = SMOPE.from_pretrained(options.model, device="cpu")
     with Image.open(DEMO) as opened:
@@ -209,8 +216,8 @@ def exported(options: argparse.Namespace) -> dict[str, Any]:
         K = np.tile(np.array(model.config.K, np.float32), (count, 1, 1))
 
         def eager(batch=batch, K=K) -> None:
-            with torch.no_grad():
-                images = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
+            with torch.no_grad(), cpu_forms():
+                images = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255  # channels last
                 find(model.network, images, torch.from_numpy(K), model._tokens, 32)
 
         def onnx(batch=batch, K=K) -> None:

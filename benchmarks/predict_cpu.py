@@ -117,7 +117,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "found": len(model.predict(picture, fov=60)),
         "meshes": len(model.objects),
         "predict": {n: warm(partial(model.predict, [picture] * n, fov=60)) for n in options.batches},
-        "parts": parts(model, height // 32 * 32, width // 32 * 32, warm),
+        "parts": parts(model, picture, warm),
         "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -129,23 +129,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def parts(
-    model: Any, height: int, width: int, warm: Callable[[Callable[[], Any]], list[float]]
-) -> dict[str, Any]:
-    """Times of the network's parts for one image of noise; each part starts where those before it end."""
+def parts(model: Any, picture: Any, warm: Callable[[Callable[[], Any]], list[float]]) -> dict[str, Any]:
+    """Times of the network's parts as `predict` runs them; each part starts where those before it end."""
     import torch
 
-    network, meshes = model.network, model._tokens
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, height, width, generator=generator).to(model.device)
-    K = torch.tensor([[[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]]], device=model.device)
-    with torch.inference_mode():
+    from smope.defaults import LOWEST_SCORE, TOP_K
+    from smope.images import load_image
+    from smope.ops.cpu_forms import cpu_forms
+
+    network, meshes, device = model.network, model._tokens, model.device
+    width, height = (side // 32 * 32 for side in picture.size)
+    image = load_image(picture.resize((width, height)), device)[None].float() / 255.0
+    K = torch.tensor([[[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]]], device=device)
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        image = image.contiguous(memory_format=torch.channels_last)
+    lowest = LOWEST_SCORE if on_cpu else 0.0
+    with torch.inference_mode(), cpu_forms(on_cpu):
         features = network.encode_image(image)
         times = {
             "backbone": warm(lambda: network.backbone(image)),
             "encoder": warm(lambda: network.encode_image(image)),
             "decoder": warm(lambda: network.detect(features, meshes)),
-            "poses": warm(lambda: network(image, K, meshes)),
+            "poses": warm(lambda: network(image, K, meshes, TOP_K, lowest)),
         }
     # What was timed together with parts before it is told without them.
     for way in (0, 1):
