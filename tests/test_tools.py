@@ -67,7 +67,8 @@ def root(tmp_path: Path) -> Path:
 
 STREET = {
     "objects": 31, "AP_2d_50_moderate": 0.91549, "AOS_50_moderate": 0.5, "AP_3d_50_moderate": 0.4,
-    "recall": None, "depth_error": 0.0371, "yaw_error_deg": 2.43, "intervals": {"depth_error": [0.021, 0.0429]},
+    "recall": None, "depth_error": 0.0371, "yaw_error_deg": 2.43,
+    "intervals": {"depth_error": [0.021, 0.0429]},
 }  # fmt: skip
 
 
