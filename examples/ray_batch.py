@@ -3,7 +3,7 @@
 IMAGES is a folder that every machine sees under this path, OUT one for JSON lines: path, poses (what
 Poses.save writes, as text; empty where there is an error), error. ACTORS models work at once, each on a GPU
 where the cluster has any. An actor that dies is started again, and its images are done again. FOV is the
-horizontal field of view in degrees. Needs `pip install 'smope[ray]'`.
+horizontal field of view in degrees. Needs `pip install ".[ray]"` in the clone.
 """
 
 import json

@@ -215,7 +215,7 @@ def raised(code: str, module: str) -> Exception:
         (
             "import no_such_package",
             "smope.scenes",
-            "needs the package 'no_such_package': pip install 'smope[all]'",
+            "needs the package 'no_such_package': pip install \".[all]\" in a clone of smope",
         ),
         ("import smope.no_such_part", "smope.cli", None),
     ],

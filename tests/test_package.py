@@ -118,6 +118,12 @@ print(*sorted(sys.modules))
         assert unwanted not in loaded, f"`from smope import SMOPE` loads {unwanted}"
 
 
+def test_nothing_sends_to_a_package_index_where_smope_is_not() -> None:
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py"), *PACKAGE.rglob("*.py")]
+    sent = [page.name for page in pages if re.search(r"pip install ['\"]?smope", page.read_text("utf-8"))]
+    assert not sent
+
+
 def test_the_public_names_are_listed() -> None:
     assert {"SMOPE", "Camera", "ObjectModel", "Poses", "__version__"} == set(dir(smope))
     with pytest.raises(AttributeError, match="has no attribute 'Pose'"):

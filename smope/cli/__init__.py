@@ -80,7 +80,7 @@ def user_message(error: Exception) -> str | None:
     there or not to be opened, a full disk, and packages of an extra that is not installed.
     """
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("smope"):
-        return f"this command needs the package {error.name!r}: pip install 'smope[all]'"
+        return f'this command needs the package {error.name!r}: pip install ".[all]" in a clone of smope'
     own = type(error).__module__.split(".")[0] == "smope"
     files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     full = isinstance(error, OSError) and error.errno in _NO_ROOM

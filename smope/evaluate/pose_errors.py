@@ -102,7 +102,9 @@ def adi(T_est: ArrayLike, T_gt: ArrayLike, points: FloatArray) -> FloatArray:
     try:
         from scipy.spatial import KDTree
     except ImportError as error:
-        raise ImportError("ADI needs scipy for its nearest points: pip install 'smope[train]'") from error
+        raise ImportError(
+            'ADI needs scipy for its nearest points: pip install ".[train]" in a clone of smope'
+        ) from error
 
     def one(est: FloatArray, gt: FloatArray) -> float:
         distances, _ = KDTree(transform(est, points)).query(transform(gt, points))

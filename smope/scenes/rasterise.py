@@ -109,7 +109,9 @@ def create_context(device_index: int | None = None) -> Any:
     try:
         import moderngl
     except ImportError as error:
-        raise MissingEGLError("rendering needs moderngl: pip install 'smope[train]'") from error
+        raise MissingEGLError(
+            'rendering needs moderngl: pip install ".[train]" in a clone of smope'
+        ) from error
     create: Any = moderngl.create_standalone_context
     options = [{"device_index": device_index}, {}] if device_index else [{}]
     for option in options:
