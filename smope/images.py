@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_VIDEOS = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
+_ROUNDING = 1e-3  # beyond 0..1, as arithmetic in few bits leaves; such values are cut
 
 
 class ImageError(ValueError):
@@ -27,24 +34,32 @@ def load_image(source: Any, device: torch.device | None = None) -> Tensor:
     """
     if isinstance(source, str | Path):
         path = Path(source)
+        if path.is_dir():
+            raise ImageError(f"the folder {str(source)!r} given; a file expected, or a list of its files")
         if not path.is_file():
-            raise ImageError(f"no image file {str(path)!r}")
+            raise ImageError(f"no image file {str(source)!r}")
         try:
             with Image.open(path) as opened:
                 return _from_pil(opened)
         except (ImageError, MemoryError):
             raise
         except Exception as error:  # damaged files make the decoders raise whatever they stumble over
-            raise ImageError(f"{str(path)!r} cannot be read as an image: {error}") from error
+            hint = "; take the frames out of a video first" if path.suffix.lower() in _VIDEOS else ""
+            raise ImageError(f"{str(path)!r} cannot be read as an image: {error}{hint}") from error
     if isinstance(source, Image.Image):
         return _from_pil(source)
     if isinstance(source, Tensor):
         return _from_tensor(source, device)
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    hint = ""
+    if isinstance(source, bytes | bytearray | io.IOBase):
+        hint = "; an encoded picture goes in as PIL.Image.open(...), bytes within io.BytesIO"
+    elif isinstance(source, Iterator):
+        hint = "; call list() on it, or model.stream, which takes any number of images"
     raise ImageError(
         f"{type(source).__name__} given; a path, a PIL image, an array [H, W, 3] of uint8 "
-        "or a tensor [3, H, W] expected"
+        f"or a tensor [3, H, W] expected{hint}"
     )
 
 
@@ -86,6 +101,7 @@ def _from_array(array: NDArray[Any]) -> Tensor:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         hint = "; a [3, H, W] image goes in as a tensor" if array.ndim == 3 and array.shape[0] == 3 else ""
+        hint = "; pass a batch as a list of images" if array.ndim == 4 else hint
         raise ImageError(
             f"an array of shape {array.shape} given, [H, W, 3], [H, W, 4] or [H, W] expected{hint}"
         )
@@ -93,6 +109,10 @@ def _from_array(array: NDArray[Any]) -> Tensor:
         raise ImageError(f"an empty image of shape {array.shape} given, at least 1 x 1 pixels expected")
     if array.dtype == np.uint16:
         array = _to_eight_bits(array)
+    if array.dtype == np.uint8 and array.max() == 1:
+        log.warning(
+            "a picture of values 0 and 1 given, which is black: was it in 0..1? Times 255, then uint8"
+        )
     if array.dtype != np.uint8:
         raise ImageError(
             f"an array of {array.dtype} given, uint8 or uint16 expected; a float image goes in as a tensor "
@@ -126,11 +146,12 @@ def _from_tensor(tensor: Tensor, device: torch.device | None) -> Tensor:
         if not torch.isfinite(pixels).all():
             raise ImageError(f"{int((~torch.isfinite(pixels)).sum())} pixel values are NaN or infinite")
         low, high = float(pixels.min()), float(pixels.max())
-        if low < 0 or high > 1:
-            eight_bit = low >= 0 and high <= 255
-            hint = "divide by 255" if eight_bit else "undo the normalisation by mean and deviation"
+        if low < -_ROUNDING or high > 1 + _ROUNDING:
+            hint = "undo the normalisation by mean and deviation"
+            if low >= 0 and high <= 255:
+                hint = "divide by 255" if high > 2 else "call .clamp(0, 1) if it was resampled"
             raise ImageError(f"a float tensor from {low:.4g} to {high:.4g} given, 0 to 1 expected: {hint}")
-        pixels = (pixels * 255).round().to(torch.uint8)
+        pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     if pixels.dtype != torch.uint8:
         raise ImageError(f"a tensor of {pixels.dtype} given, uint8 or float in 0..1 expected")
     pixels = pixels.expand(3, -1, -1).contiguous()
