@@ -19,6 +19,7 @@ from torch.nn import functional as F
 FOCAL_RATIO = (0.5, 2.0)  # fx / fy of a camera that can be meant
 FIELD_OF_VIEW = (5.0, 150.0)  # degrees
 DISTORTION_SIZES = (4, 5, 8)
+_LONGER = (12, 14)  # OpenCV's with thin prisms and a tilted sensor, which it also writes where they are 0
 
 
 class CameraError(ValueError):
@@ -43,6 +44,7 @@ class Camera:
         object.__setattr__(self, "K", _checked_intrinsics(self.K, size))
         if self.dist is not None:
             object.__setattr__(self, "dist", _checked_distortion(self.dist))
+            self._refuse_fold()
 
     @classmethod
     def from_fov(cls, fov_deg: float, size: tuple[int, int], dist: Any = None) -> Camera:
@@ -146,6 +148,23 @@ class Camera:
         for name, value in (("K", K), ("size", size), ("dist", dist)):
             object.__setattr__(camera, name, value)
         return camera
+
+    def _refuse_fold(self) -> None:
+        """A lens may fold back far outside its photo, but not between the middle and the nearest edges."""
+        (fx, _, cx), (_, fy, cy), _ = self.K.tolist()
+        width, height = self.size
+        x, y = min(cx + 0.5, width - 0.5 - cx) / fx, min(cy + 0.5, height - 0.5 - cy) / fy
+        reach = torch.linspace(0, min(x, y), 33, dtype=torch.float64, device="cpu")[:, None]
+        directions = reach.new_tensor([[1, 0], [0, 1], [-1, 0], [0, -1]])
+        assert self.dist is not None
+        jacobian = _distort(reach[:, None] * directions, self.dist)[1]
+        a, b, c = jacobian.unbind(-1)
+        if not bool(((a * c - b * b > 0) & (a > 0)).all()):
+            raise CameraError(
+                f"dist {self.dist.tolist()} given, by which a photo folds back into itself before its edge: "
+                "k1 k2 p1 p2 [k3 [k4 k5 k6]] in OpenCV's order expected, found with this very K; "
+                "a fisheye model has other coefficients"
+            )
 
     def _to_pixels(self, normalised: Tensor) -> Tensor:
         K = self.K.to(normalised)
@@ -276,6 +295,13 @@ def _checked_intrinsics(value: Any, size: tuple[int, int]) -> Tensor:
 
 def _checked_distortion(value: Any) -> Tensor:
     dist = _as_tensor(value, "dist").reshape(-1)
+    if len(dist) in _LONGER:
+        if dist[8:].any():
+            raise CameraError(
+                f"dist of {len(dist)} coefficients given, some after k6 not 0: thin prisms and tilted "
+                "sensors are not known here; calibrate without them, or undistort the image first"
+            )
+        dist = dist[:8]
     if len(dist) not in DISTORTION_SIZES:
         raise CameraError(
             f"dist of {len(dist)} coefficients given, 4, 5 or 8 expected: k1 k2 p1 p2 [k3 [k4 k5 k6]] "
