@@ -34,7 +34,7 @@ def load_mesh(source: Any, units: str, force: bool = False, name: str = "mesh") 
     (vertices [V, 3], faces [F, 3]), or a PyTorch3D `Meshes`. Scenes are put together with their transforms.
     Open meshes are fine. A size outside 5 mm to 30 m is refused unless `force`.
     """
-    if units not in METRES_PER_UNIT:
+    if not isinstance(units, str) or units not in METRES_PER_UNIT:
         raise MeshError(
             f"{name}: units={units!r} given, one of {', '.join(map(repr, METRES_PER_UNIT))} expected"
         )
@@ -104,19 +104,24 @@ def _read(source: Any, name: str) -> list[trimesh.Trimesh]:
     """The source's surfaces in its own unit, each a copy, unprocessed so that faults are still there."""
     if isinstance(source, str | Path):
         path = Path(source)
+        if path.is_dir():
+            raise MeshError(f"{name}: the folder {str(path)!r} given, a mesh file expected")
         if not path.is_file():
             raise MeshError(f"{name}: no file {str(path)!r}")
         try:
             return _surfaces(trimesh.load_scene(path, process=False))
         except Exception as error:  # trimesh's readers raise whatever their parsers raise
-            raise MeshError(f"{name}: {str(path)!r} cannot be read as a mesh: {error}") from error
+            # Formats that trimesh does not know itself, as STEP, make it ask for a package or refuse.
+            unknown = isinstance(error, (ImportError, NotImplementedError)) or "not supported" in str(error)
+            hint = "; save it as OBJ, PLY, STL or GLB" if unknown else ""
+            raise MeshError(f"{name}: {str(path)!r} cannot be read as a mesh: {error}{hint}") from error
     if isinstance(source, trimesh.Scene):
         return _surfaces(source)
     if isinstance(source, trimesh.Trimesh):
         return [source.copy()] if len(source.faces) else []
     if hasattr(source, "verts_list") and hasattr(source, "faces_list"):  # PyTorch3D Meshes, not imported
         pairs = zip(source.verts_list(), source.faces_list(), strict=True)
-        return [_from_arrays(v.detach().cpu(), f.detach().cpu(), name) for v, f in pairs if len(f)]
+        return [_from_arrays(v, f, name) for v, f in pairs if len(f)]
     if isinstance(source, Sequence) and len(source) == 2:
         vertices, faces = source
         return [_from_arrays(vertices, faces, name)] if len(faces) else []
@@ -131,7 +136,10 @@ def _surfaces(scene: trimesh.Scene) -> list[trimesh.Trimesh]:
 
 
 def _from_arrays(vertices: Any, faces: Any, name: str) -> trimesh.Trimesh:
-    points, corners = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
+    try:
+        points, corners = np.asarray(_on_host(vertices), dtype=np.float64), np.asarray(_on_host(faces))
+    except (TypeError, ValueError) as error:
+        raise MeshError(f"{name}: vertices and faces of numbers expected ({error})") from error
     if points.ndim != 2 or points.shape[1] != 3 or corners.ndim != 2 or corners.shape[1] != 3:
         raise MeshError(
             f"{name}: vertices {points.shape} and faces {corners.shape} given, [V, 3] and [F, 3] expected"
@@ -139,6 +147,11 @@ def _from_arrays(vertices: Any, faces: Any, name: str) -> trimesh.Trimesh:
     if not np.issubdtype(corners.dtype, np.integer):
         raise MeshError(f"{name}: faces of type {corners.dtype} given, whole numbers expected")
     return trimesh.Trimesh(points, corners, process=False)
+
+
+def _on_host(values: Any) -> Any:
+    """A tensor as NumPy takes it: on the CPU, and not part of a graph."""
+    return values.detach().cpu() if hasattr(values, "detach") else values
 
 
 def _check(mesh: trimesh.Trimesh, name: str) -> None:

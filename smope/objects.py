@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,12 @@ log = logging.getLogger(__name__)
 
 SPHERE_TRANSFORMS = 1024  # at most so many rotations stand for a body that is alike from every side
 SYMMETRY_TOLERANCE = 0.15  # of the diameter: a stated symmetry may move the surface by this much, no more
+
+_BOP_FORM = 'an entry of BOP\'s models_info.json, with "symmetries_discrete" or "symmetries_continuous",'
+_BOP_KEYS = {
+    "symmetries_discrete", "symmetries_continuous", "diameter",
+    "min_x", "min_y", "min_z", "size_x", "size_y", "size_z",
+}  # fmt: skip
 
 
 class SymmetryError(ValueError):
@@ -45,14 +52,22 @@ class Symmetries:
 
     @staticmethod
     def from_bop(info: Mapping[str, Any], units: str = "mm") -> Symmetries:
-        """From an entry of BOP's models_info.json, whose lengths are in `units`; other keys are skipped."""
+        """From an entry of BOP's models_info.json, whose lengths are in `units`.
+
+        Its further keys are skipped, but not a misspelt one, by which a symmetry would be lost in silence.
+        """
+        if not isinstance(info, Mapping):
+            raise SymmetryError(f"{_shown(info)} given, {_BOP_FORM} expected")
+        misspelt = [key for key in info if key not in _BOP_KEYS and _resembles(key)]
+        if misspelt or (info and not info.keys() & _BOP_KEYS):
+            raise SymmetryError(f"the key {(misspelt or list(info))[0]!r} given, {_BOP_FORM} expected")
         if units not in METRES_PER_UNIT:
             raise SymmetryError(
                 f"units={units!r} given, one of {', '.join(map(repr, METRES_PER_UNIT))} expected"
             )
         metres = METRES_PER_UNIT[units]
-        discrete = [_bop_transform(entry, metres) for entry in info.get("symmetries_discrete", ())]
-        continuous = [_bop_axis(entry, metres) for entry in info.get("symmetries_continuous", ())]
+        discrete = [_bop_transform(entry, metres) for entry in _listed(info, "symmetries_discrete")]
+        continuous = [_bop_axis(entry, metres) for entry in _listed(info, "symmetries_continuous")]
         stacked = torch.stack(discrete) if discrete else torch.zeros(0, 4, 4)
         return Symmetries(stacked, tuple(continuous))
 
@@ -202,7 +217,10 @@ def _resolve_symmetries(
         axes = find_symmetries(mesh, size)
         log.info("%s: symmetries found: %s", name, "; ".join(map(str, axes)) or "none")
         return symmetries_of(axes)
-    symmetries = given if isinstance(given, Symmetries) else Symmetries.from_bop(given, units)
+    try:
+        symmetries = given if isinstance(given, Symmetries) else Symmetries.from_bop(given, units)
+    except SymmetryError as error:
+        raise SymmetryError(f"{name}: {error}") from None
     for index, transform in enumerate(symmetries.transforms(step_deg=45.0)):
         moved = points @ transform[:3, :3].T + transform[:3, 3]
         overshoot = torch.maximum(moved.amax(0) - points.amax(0), points.amin(0) - moved.amin(0)).max().item()
@@ -214,8 +232,31 @@ def _resolve_symmetries(
     return symmetries
 
 
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())
+
+
+def _resembles(key: Any) -> bool:
+    return bool(difflib.get_close_matches(str(key), ("symmetries_discrete", "symmetries_continuous"), n=1))
+
+
+def _listed(info: Mapping[str, Any], key: str) -> Sequence[Any]:
+    entries = info.get(key, ())
+    if isinstance(entries, (str, Mapping)) or not isinstance(entries, (Sequence, np.ndarray, Tensor)):
+        raise SymmetryError(f"{key}: {_shown(entries)} given, a list expected")
+    return entries  # type: ignore[return-value]  # rows of an array are entries as well
+
+
+def _numbers(value: Any) -> Tensor:
+    """float64; empty where these are no numbers."""
+    try:
+        return torch.tensor(np.asarray(value, dtype=np.float64))
+    except (TypeError, ValueError):
+        return torch.zeros(0, dtype=torch.float64)
+
+
 def _bop_transform(entry: Sequence[float], metres: float) -> Tensor:
-    matrix = torch.tensor(np.asarray(entry, dtype=np.float64)).flatten()
+    matrix = _numbers(entry).flatten()
     if len(matrix) != 16 or not torch.isfinite(matrix).all():
         raise SymmetryError(
             f"symmetries_discrete: {len(matrix)} values given, 16 finite ones (4x4 by rows) expected"
@@ -230,8 +271,9 @@ def _bop_transform(entry: Sequence[float], metres: float) -> Tensor:
 
 
 def _bop_axis(entry: Mapping[str, Sequence[float]], metres: float) -> tuple[Tensor, Tensor]:
-    axis = torch.tensor(np.asarray(entry.get("axis", ()), dtype=np.float64))
-    offset = torch.tensor(np.asarray(entry.get("offset", (0, 0, 0)), dtype=np.float64))
+    if not isinstance(entry, Mapping) or not entry.keys() <= {"axis", "offset"}:
+        raise SymmetryError(f'symmetries_continuous: {{"axis": ..., "offset": ...}} expected, {entry} given')
+    axis, offset = _numbers(entry.get("axis", ())), _numbers(entry.get("offset", (0, 0, 0)))
     length = axis.norm()
     if (
         axis.shape != (3,)
