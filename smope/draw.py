@@ -33,7 +33,7 @@ _BOX_EDGES = ((0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (0
 
 
 class DrawError(ValueError):
-    """An image that the poses do not belong to."""
+    """An image that the poses do not belong to, or a way of drawing that there is not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,8 @@ def draw_poses(
     An object's registered mesh is drawn, else discs at its surface points; an object that `poses.objects`
     lacks gets its box, axes and name only.
     """
+    if not 0 <= opacity <= 1:
+        raise DrawError(f"opacity {opacity} given, 0 to 1 expected")
     poses = poses.to("cpu")
     pixels = load_image(image).cpu().permute(1, 2, 0).numpy()  # [H, W, 3] uint8
     size = (pixels.shape[1], pixels.shape[0])

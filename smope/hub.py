@@ -61,7 +61,7 @@ def resolve(
     `revision` (branch, tag or commit), `cache_dir` and `local_files_only` concern the hub alone.
     """
     name = str(name_or_path)
-    if isinstance(name_or_path, str) and name in bundled_names():
+    if name in bundled_names() and (isinstance(name_or_path, str) or not name_or_path.exists()):
         if Path(name).is_dir():
             logger.warning(
                 "%r is both a bundled model and a folder here; the bundled one is taken ('./%s' is not)",
