@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smope.devices import float32_by_default
 from smope.network_inputs import mesh_inputs, pad_to_multiple
 from smope.networks import paper_find
 from smope.networks.mesh_encoder import MeshTokens
@@ -30,7 +31,8 @@ _SIZE_SLACK = {"smope-s": 1.25, "smope-paper": 1.0}
 
 
 def build_network(config: NetworkConfig) -> Network:
-    return SmopePaper(config) if isinstance(config, SmopePaperConfig) else SmopeS(config)
+    with float32_by_default():
+        return SmopePaper(config) if isinstance(config, SmopePaperConfig) else SmopeS(config)
 
 
 def architecture_of(config: NetworkConfig) -> str:

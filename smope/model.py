@@ -9,6 +9,7 @@ images -> `image_input`: RGB tensors of a size near the trained one, each with i
 from __future__ import annotations
 
 import logging
+import operator
 import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from smope.authors_models import read_authors_model
 from smope.camera_arguments import cameras_from
 from smope.config import ModelConfig
 from smope.defaults import LOWEST_SCORE, TOP_K
+from smope.devices import device_from, plain_torch
 from smope.files import write_atomically
 from smope.images import load_image, load_images
 from smope.inference.engine import Engine
@@ -45,6 +47,8 @@ from smope.results import read_table
 from smope.stream import Streamed, stream
 
 log = logging.getLogger(__name__)
+
+SAME_BOX = 0.03  # of the diameter: two meshes of one object differ by less
 
 
 class SMOPE:
@@ -91,21 +95,21 @@ class SMOPE:
         A `.pth` file of the authors' trainer is read too. It holds no meshes: `meshes` and `units` give
         those it was trained on, as for `register_meshes`. Elsewhere they are registered at once.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if Path(name_or_path).suffix == ".pth":
-            return cls(*read_authors_model(name_or_path, device, meshes, units))
-        folder = hub.resolve(name_or_path, revision, cache_dir, local_files_only)
-        config = ModelConfig.load(folder / hub.CONFIG_FILE)
-        weights, objects, tokens = _split_objects(hub.load_weights(folder), config)
-        network = build_network(config.network)
-        try:
-            network.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            raise hub.WeightsError(f"{folder}: the weights do not fit config.json: {error}") from None
-        card = folder / hub.CARD_FILE
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        model = cls(network.to(device), config, objects, tokens, text)
+        device = device_from(device)
+        with plain_torch(device):
+            if Path(name_or_path).suffix == ".pth":
+                return cls(*read_authors_model(name_or_path, device, meshes, units))
+            folder = hub.resolve(name_or_path, revision, cache_dir, local_files_only)
+            config = ModelConfig.load(folder / hub.CONFIG_FILE)
+            weights, objects, tokens = _split_objects(hub.load_weights(folder), config)
+            network = build_network(config.network)
+            try:
+                network.load_state_dict(weights, strict=True)
+            except RuntimeError as error:
+                raise hub.WeightsError(f"{folder}: the weights do not fit config.json: {error}") from None
+            card = folder / hub.CARD_FILE
+            text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+            model = cls(network.to(device), config, objects, tokens, text)
         if meshes is not None:
             model.register_meshes(meshes, units)
         return model
@@ -115,7 +119,9 @@ class SMOPE:
 
         `dtype` is that of the network's weights in the file, by default as they are; geometry stays float32.
         """
-        folder = Path(folder)
+        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"dtype={dtype!r} given; torch.float16, bfloat16, float32 or float64 expected")
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         state = self.network.state_dict()
         tensors = {key: t.to(dtype) if dtype and t.is_floating_point() else t for key, t in state.items()}
@@ -134,6 +140,7 @@ class SMOPE:
             return hub.push(folder, repo_id, **options)
 
     def to(self, device: torch.device | str) -> SMOPE:
+        device = device_from(device)
         self.network.to(device)
         self._engine.forget()
         if self._tokens is not None:
@@ -155,6 +162,13 @@ class SMOPE:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    def __repr__(self) -> str:
+        width, height = self.config.image_size
+        return (
+            f"SMOPE({self.config.architecture} for {width} x {height} pixels on {self.device}, looks for "
+            f"{', '.join(self.objects) or 'nothing yet'})"
+        )
+
     # -- meshes ---------------------------------------------------------------------------------------------
 
     def register_meshes(
@@ -169,23 +183,34 @@ class SMOPE:
 
         `meshes` is {name: mesh}, where a mesh is a path (OBJ, PLY, STL, GLB), a trimesh, (vertices, faces) or
         pytorch3d Meshes, all in `units` ("m", "cm", "mm", "in"); or a list of names that the weights know.
-        `symmetries` is None (a trained name keeps the ones it was trained with), "auto", or {name: BOP form}.
+        `symmetries` is None (a trained name keeps the ones it was trained with, if its mesh fills the same
+        box), "auto", or {name: BOP form}.
         """
         if not isinstance(meshes, (Mapping, list, tuple)):
             raise ValueError(
                 f"meshes={meshes!r} given; a dict of name: mesh, or a list of trained names, expected"
             )
-        if bad := [name for name in meshes if not isinstance(name, str) or not name]:
+        if bad := [name for name in meshes if not isinstance(name, str) or not name.strip()]:
             raise ValueError(f"name {bad[0]!r} given; a text that is not empty expected")
+        if bad := [name for name in meshes if not name.isprintable()]:
+            raise ValueError(
+                f"name {bad[0]!r} given; one without line breaks and control characters expected"
+            )
         if isinstance(symmetries, Mapping) and (unknown := [n for n in symmetries if n not in meshes]):
             raise ValueError(f"symmetries given for {unknown[0]!r}, which is not among the meshes")
         if isinstance(meshes, Mapping):
-            found = {
-                name: self._from_mesh(name, source, units, symmetries, force)
-                for name, source in meshes.items()
-            }
-            tokens = {name: encode(self.network, model, meshes[name]) for name, model in found.items()}
+            with plain_torch(self.device):
+                found = {
+                    name: self._from_mesh(name, source, units, symmetries, force)
+                    for name, source in meshes.items()
+                }
+                tokens = {name: encode(self.network, model, meshes[name]) for name, model in found.items()}
         else:
+            if symmetries:
+                raise ValueError(
+                    f"symmetries={symmetries!r} given without meshes: trained objects keep those they were "
+                    "trained with; pass {name: mesh} to say others"
+                )
             found = {name: self._trained(name) for name in meshes}
             tokens = {name: self._trained_tokens[name] for name in found}
         if not found and not add:
@@ -255,6 +280,8 @@ class SMOPE:
                 units,
                 known.diameter,
             )
+        if chosen is None and _same_box(model, known):
+            model = replace(model, symmetries=known.symmetries)
         return replace(model, trained=True)
 
     def _replace_objects(self, objects: Mapping[str, ObjectModel], tokens: Mapping[str, Tokens]) -> None:
@@ -264,7 +291,6 @@ class SMOPE:
 
     # -- images ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def predict(
         self,
         image: Any,
@@ -282,13 +308,12 @@ class SMOPE:
         serves, if the image has its size. Detections below `threshold` are left out, and all but the best
         `top_k`.
         """
-        if self._tokens is None:
-            raise ValueError("no meshes are registered; call register_meshes first")
-        numbers = isinstance(threshold, (int, float)) and isinstance(top_k, int)
-        if not numbers or not 0 <= threshold <= 1 or top_k < 1:
-            raise ValueError(
-                f"threshold {threshold} and top_k {top_k} given; 0..1 and a whole number expected"
-            )
+        threshold, top_k = _checked_options(threshold, top_k)
+        with plain_torch(self.device):
+            return self._predict(image, K, fov, dist, threshold, top_k)
+
+    def _predict(self, image: Any, K: Any, fov: Any, dist: Any, threshold: float, top_k: int) -> Any:
+        tokens = self._ready()
         many = isinstance(image, (list, tuple))
         pictures = load_images(image, self.device) if many else [load_image(image, self.device)]
         cameras = cameras_from(pictures, K, fov, dist, self.config)
@@ -301,7 +326,7 @@ class SMOPE:
         for indices in by_shape.values():
             images = [prepared[i][0] for i in indices]
             intrinsics = torch.stack([prepared[i][1].K for i in indices])
-            table = self._engine(images, intrinsics, self._tokens, top_k, threshold)
+            table = self._engine(images, intrinsics, tokens, top_k, threshold)
             scaled, own = [prepared[i][1] for i in indices], [cameras[i] for i in indices]
             for i, found in zip(
                 indices, read_table(table, scaled, own, self.objects, threshold), strict=True
@@ -310,9 +335,44 @@ class SMOPE:
         poses = [p for p in results if p is not None]
         return poses if many else poses[0]
 
+    def _ready(self) -> Tokens:
+        """The meshes to look for, by a network that is as it must be to predict."""
+        if self._tokens is None:
+            raise ValueError("no meshes are registered; call register_meshes first")
+        dtype = next(self.network.parameters()).dtype
+        if dtype != torch.float32:
+            raise ValueError(
+                f"a network in {dtype} given, torch.float32 expected: call model.network.float(); "
+                "model.fast = True computes in 16 bits on a GPU"
+            )
+        if self.network.training:
+            self.network.eval()
+        return self._tokens
+
     def stream(self, images: Iterable[Any], **options: Any) -> Generator[Streamed, None, None]:
         """`predict` for any number of images, decoded ahead, in bounded memory: see `smope.stream.stream`."""
         return stream(self, images, **options)
+
+
+def _checked_options(threshold: Any, top_k: Any) -> tuple[float, int]:
+    """NumPy's and PyTorch's numbers serve as well; True passes for a number in Python, but is not meant."""
+    try:
+        if isinstance(threshold, (bool, str)) or isinstance(top_k, bool):
+            raise TypeError
+        lowest, most = float(threshold), operator.index(top_k)
+    except (TypeError, ValueError, RuntimeError):
+        lowest, most = -1.0, 0
+    if not 0 <= lowest <= 1 or most < 1:
+        raise ValueError(
+            f"threshold {threshold!r} and top_k {top_k!r} given; 0..1 and a whole number expected (1 or more)"
+        )
+    return lowest, most
+
+
+def _same_box(model: ObjectModel, known: ObjectModel) -> bool:
+    """Whether a mesh stands where the trained one stood, so that what is said of its frame holds."""
+    apart = torch.cat([model.centre - known.centre, (model.extents - known.extents) / 2]).abs().max()
+    return float(apart) < SAME_BOX * known.diameter
 
 
 def _split_objects(

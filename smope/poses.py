@@ -173,6 +173,7 @@ class Poses:
                 name: torch.tensor(
                     [entry[_KEYS[name]] for entry in entries],
                     dtype=torch.int64 if name == "labels" else torch.float32,
+                    device="cpu",
                 ).reshape(len(entries), *rest)
                 for name, rest in _SHAPES.items()
             }

@@ -129,12 +129,12 @@ def to_photo(boxes: Tensor, scaled: Camera, camera: Camera) -> Tensor:
     if camera.dist is None and scaled.size == camera.size:
         return boxes
     corners = boxes.unflatten(-1, (2, 2))
-    ratio = torch.tensor([camera.size[0] / scaled.size[0], camera.size[1] / scaled.size[1]])
+    ratio = corners.new_tensor([camera.size[0] / scaled.size[0], camera.size[1] / scaled.size[1]])
     corners = (corners + 0.5) * ratio - 0.5
     if camera.dist is None or not len(boxes):
         return corners.flatten(-2)
     # A straight box becomes a bent one; its hull is taken at eight points.
     low, high = corners[:, 0], corners[:, 1]
-    steps = torch.tensor([(x, y) for x in (0.0, 0.5, 1.0) for y in (0.0, 0.5, 1.0) if (x, y) != (0.5, 0.5)])
+    steps = low.new_tensor([(x, y) for x in (0.0, 0.5, 1.0) for y in (0.0, 0.5, 1.0) if (x, y) != (0.5, 0.5)])
     bent = camera.distort_points(low[:, None] + steps * (high - low)[:, None])
     return torch.cat([bent.amin(1), bent.amax(1)], -1)

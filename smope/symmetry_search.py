@@ -97,7 +97,7 @@ class _Surface:
         self.probes = self.points[torch.from_numpy(farthest_points(points.numpy(), 512))]
         self.sparse_points, self.sparse_normals = self.points[:4096], self.normals[:4096]
         self.reach = float(self.points.norm(dim=1).max())
-        ticks = torch.linspace(-self.reach, self.reach, GRID)
+        ticks = torch.linspace(-self.reach, self.reach, GRID, dtype=torch.float32)
         nodes = torch.cartesian_prod(ticks, ticks, ticks)
         self.field = torch.cat(
             [torch.cdist(part, self.sparse_points).amin(dim=1) for part in nodes.split(512)]

@@ -52,7 +52,8 @@ def predict_into_file(command: Predict, images: Sequence[str]) -> None:
 def _devices(given: str | None) -> list[str]:
     """ "cuda:0,cuda:1", "all", or one"""
     if given != "all":
-        devices = [name.strip() for name in common.device_or_best(given).split(",")]
+        devices = [common.device_or_best(name.strip()) for name in given.split(",")] if given else []
+        devices = devices or [common.device_or_best(None)]
         if len(set(devices)) < len(devices) and any(name.startswith("cuda") for name in devices):
             raise UsageError(f"--device {given}: a GPU is named twice")
         return devices

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from smope.devices import device_from
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -48,7 +50,7 @@ class Ranks:
 
 def pick_device(device: torch.device | str | None) -> torch.device:
     """The given device, else this process's GPU, else the CPU."""
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = device_from(device)
     if chosen.type == "cuda" and chosen.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return chosen
