@@ -245,6 +245,8 @@ def _described(hint: Any) -> str:
         str: "text",
         type(None): "null",
     }
+    if isinstance(get_origin(hint), type) and issubclass(get_origin(hint), Mapping):
+        return "a table (key = value)"
     return names.get(hint) or str(getattr(hint, "__name__", hint))
 
 

@@ -82,7 +82,7 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("smope"):
         return f'this command needs the package {error.name!r}: pip install ".[all]" in a clone of smope'
     own = type(error).__module__.split(".")[0] == "smope"
-    files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    files = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
     full = isinstance(error, OSError) and error.errno in _NO_ROOM
     if own or full or isinstance(error, files) or (isinstance(error, ValueError) and _raised_here(error)):
         return " ".join(str(error).split())

@@ -95,6 +95,8 @@ def open_model(
     symmetries: Literal["auto"] | None,
 ) -> SMOPE:
     """With the meshes that are to be looked for."""
+    if meshes is None and (units is not None or symmetries is not None):
+        raise UsageError("--units and --symmetries are of --meshes, which is missing; name their files")
     model = load_model(name, device)
     if meshes is not None:
         model.register_meshes(mesh_files(meshes), units=units, symmetries=symmetries, add=objects is not None)
@@ -104,9 +106,9 @@ def open_model(
 
 
 def device_or_best(name: str | None) -> str:
-    import torch
+    from smope.devices import device_from
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return str(device_from(name))
 
 
 def intrinsics(fx: float, fy: float, cx: float, cy: float) -> list[list[float]]:
@@ -118,6 +120,21 @@ def bundled(name: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; the package is not installed whole, install it again")
     return path
+
+
+def check_picture(path: Path) -> None:
+    """Before any work: whether `path` names a picture that can be written."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if path.is_dir() or known.get(path.suffix.lower()) not in Image.SAVE:
+        raise UsageError(f"--out {path} given, the name of a picture expected, such as {path.stem}.png")
+
+
+def check_folder(path: Path) -> None:
+    """Before any work: whether results can go into `path`."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--out {path} is a file, a folder expected")
 
 
 def save_picture(poses: Poses, image: Any, path: Path) -> None:

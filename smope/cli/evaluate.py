@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from smope.cli import common
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -34,6 +36,9 @@ class Evaluate:
 
     def run(self) -> None:
         from smope.evaluate.run import evaluate_dataset
+
+        if self.out is not None:
+            common.check_folder(self.out)
 
         scores = evaluate_dataset(
             self.dataset_dir,

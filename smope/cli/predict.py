@@ -30,6 +30,7 @@ class Demo:
     def run(self) -> None:
         from smope.poses import Poses
 
+        common.check_picture(self.out)
         start = time.perf_counter()
         model = common.load_model("lmo", self.device)
         loaded = time.perf_counter()
@@ -93,7 +94,7 @@ class Predict:
         if self.K is not None and self.fov is not None:
             raise UsageError("--K and --fov given; pass one of them")
         images = image_files(self.images)  # before any work is done
-        if self.out.suffix == ".jsonl":
+        if self.out.suffix.lower() == ".jsonl":
             predict_into_file(self, images)
         else:
             self._into_folder(images)
@@ -117,6 +118,7 @@ class Predict:
             raise UsageError(
                 "--batch, --workers, --strict and several devices are for a file: --out results.jsonl"
             )
+        common.check_folder(self.out)
         results = [self.out / f"{Path(image).stem}_poses.json" for image in images]
         if len(set(results)) < len(results):
             raise UsageError(

@@ -48,6 +48,9 @@ class Preview:
 
         if self.recipe is None and (self.meshes is None) == (self.assets is None):
             raise UsageError("pass --meshes with --units, --assets, or --recipe")
+        if self.count < 1:
+            raise UsageError(f"--count {self.count} given, at least 1 expected")
+        common.check_picture(self.out)
         assets = None if self.assets is None else SceneAssets.load(str(self.assets))
         batch_size = min(self.count, 4)
         device = common.device_or_best(self.device)

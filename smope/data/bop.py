@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,8 @@ from smope.data import reading
 from smope.data.items import Batch
 from smope.data.reading import DataError, FloatArray, Problems
 from smope.data.records import Annotation, Record, to_batch
+
+log = logging.getLogger(__name__)
 
 IntArray = NDArray[np.int64]
 
@@ -290,6 +293,8 @@ def read_bop_csv(path: str | Path, strict: bool = True) -> list[Estimate]:
             score, time = (reading.number(cell, file, line) for cell in (row[3], row[6]))
             estimates.append(Estimate(scene_id, im_id, obj_id, score, T_CO, time=time))
     problems.report(str(file))
+    if not estimates:
+        log.warning("%s: no result in it, so nothing counts as found", file)
     return estimates
 
 

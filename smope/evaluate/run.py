@@ -73,7 +73,9 @@ def evaluate_dataset(
     if format not in FORMATS:
         raise ValueError(f"format {format!r} given; known: {', '.join(FORMATS)}")
     if (model is None) == (csv is None):
-        raise ValueError("evaluate_dataset: pass either a model or results (csv)")
+        raise ValueError("a model or results (csv) expected, one of the two")
+    if batch < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch {batch} and limit {limit} given, at least 1 expected")
     root = Path(dataset_dir)
     results = None if csv is None else Path(csv)
     loaded, source = (None, {"csv": Path(csv).name}) if csv is not None else _model(model, device)

@@ -39,8 +39,10 @@ def export_model(
         )
     out = Path(out)
     width, height = size or model.config.image_size
-    if width < 32 or height < 32:
-        raise ExportError(f"size {width}x{height} given, at least 32x32 expected")
+    if not (32 <= width <= 8192 and 32 <= height <= 8192):
+        raise ExportError(f"size {width}x{height} given, 32x32 to 8192x8192 expected")
+    if top_k < 1:
+        raise ExportError(f"top_k {top_k} given, at least 1 expected")
     if model.device.type != "cpu" or not isinstance(model.network, SmopeS):
         raise ExportError(
             'the default network (smope-s) on the CPU can be exported: load it with device="cpu"'

@@ -82,7 +82,7 @@ class SceneAssets:
                 meshes = [_grow(data, k, entry) for k, entry in enumerate(header["meshes"])]
                 blob, sizes = bytes(data["backgrounds"]), data["background_sizes"]
                 environments = data["environments"]
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, EOFError) as error:
             raise AssetError(
                 f"{path}: no file of scene assets ({error}); make one with prepare_assets"
             ) from error
