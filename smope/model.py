@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import operator
 import tempfile
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ class SMOPE:
         if isinstance(symmetries, Mapping) and (unknown := [n for n in symmetries if n not in meshes]):
             raise ValueError(f"symmetries given for {unknown[0]!r}, which is not among the meshes")
         if isinstance(meshes, Mapping):
-            with plain_torch(self.device):
+            with plain_torch(self.device), _evaluating(self.network):
                 found = {
                     name: self._from_mesh(name, source, units, symmetries, force)
                     for name, source in meshes.items()
@@ -309,7 +310,7 @@ class SMOPE:
         `top_k`.
         """
         threshold, top_k = _checked_options(threshold, top_k)
-        with plain_torch(self.device):
+        with plain_torch(self.device), _evaluating(self.network):
             return self._predict(image, K, fov, dist, threshold, top_k)
 
     def _predict(self, image: Any, K: Any, fov: Any, dist: Any, threshold: float, top_k: int) -> Any:
@@ -336,7 +337,7 @@ class SMOPE:
         return poses if many else poses[0]
 
     def _ready(self) -> Tokens:
-        """The meshes to look for, by a network that is as it must be to predict."""
+        """The meshes to look for, by a network that can predict."""
         if self._tokens is None:
             raise ValueError("no meshes are registered; call register_meshes first")
         dtype = next(self.network.parameters()).dtype
@@ -345,13 +346,24 @@ class SMOPE:
                 f"a network in {dtype} given, torch.float32 expected: call model.network.float(); "
                 "model.fast = True computes in 16 bits on a GPU"
             )
-        if self.network.training:
-            self.network.eval()
         return self._tokens
 
     def stream(self, images: Iterable[Any], **options: Any) -> Generator[Streamed, None, None]:
         """`predict` for any number of images, decoded ahead, in bounded memory: see `smope.stream.stream`."""
         return stream(self, images, **options)
+
+
+@contextmanager
+def _evaluating(network: Network) -> Iterator[None]:
+    """In evaluation mode, and back as it was: somebody's training may go on after a look."""
+    if not network.training:  # the usual case: to set every module costs as much as a kernel
+        yield
+        return
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
 
 
 def _checked_options(threshold: Any, top_k: Any) -> tuple[float, int]:

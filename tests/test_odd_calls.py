@@ -104,6 +104,7 @@ def test_a_network_that_was_set_to_train_predicts_all_the_same(shared: SMOPE) ->
     for _ in range(2):
         poses = model.predict(noise(0), threshold=0.0)
         assert torch.equal(poses.T_CO, shared.predict(noise(0), threshold=0.0).T_CO)
+    assert model.network.training  # somebody's training may go on after a look
 
 
 def test_a_network_in_another_type_is_one_error(shared: SMOPE) -> None:
