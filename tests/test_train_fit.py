@@ -30,6 +30,7 @@ from smope.scenes import SceneConfig
 from smope.train import fit
 from smope.train.checkpoint import load_latest
 from smope.train.curves import read_rows
+from smope.train.distributed import pick_device
 from smope.train.fit import objects_of
 from smope.train.held_out import HeldOut
 from smope.train.loop import opened
@@ -176,6 +177,14 @@ def test_a_longer_run_resumes_and_a_small_checkpoint_starts_another(
         device="cpu",
     )
     assert json.loads((tmp_path / "run.json").read_text())["pieces"][0]["first_step"] == 6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_without_a_gpu_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert pick_device("cpu").type == "cpu"
+    assert not caplog.records  # it was asked for
+    assert pick_device(None).type == "cpu"
+    assert "the CPU trains" in caplog.text
 
 
 def test_messages_for_what_a_run_lacks(meshes: dict[str, trimesh.Trimesh], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from smope.devices import device_from
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Ranks:
 def pick_device(device: torch.device | str | None) -> torch.device:
     """The given device, else this process's GPU, else the CPU."""
     chosen = device_from(device)
+    if device is None and chosen.type == "cpu":
+        log.warning(
+            "no GPU that PyTorch can use: the CPU trains, which is for trying out, far too slow for use"
+        )
     if chosen.type == "cuda" and chosen.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return chosen
