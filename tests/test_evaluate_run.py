@@ -123,7 +123,7 @@ def test_an_instance_that_is_no_target_does_no_harm_to_box_ap(root: Path, tmp_pa
 
 
 def test_exactly_one_of_model_and_csv(root: Path) -> None:
-    with pytest.raises(ValueError, match="either a model or results"):
+    with pytest.raises(ValueError, match="a model or results"):
         evaluate_dataset(root)
     with pytest.raises(ValueError, match="format 'bob' given"):
         evaluate_dataset(root, format="bob", csv="x.csv")

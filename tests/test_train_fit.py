@@ -225,7 +225,7 @@ class Oracle(torch.nn.Module):
     def encode_meshes(self, inputs: object) -> None:
         return None
 
-    def forward(self, images: Tensor, K: Tensor, tokens: None, top_k: int) -> Found:
+    def forward(self, images: Tensor, K: Tensor, tokens: None, top_k: int, lowest: float) -> Found:
         pose = PoseEstimate(self.rotation[None, None], self.centre[None, None], torch.zeros(1, 1, 2))
         half = torch.tensor([[[150.5 / 640, 150.5 / 480, 100 / 640, 100 / 480]]])
         pairs = PairOutputs((pose,), torch.zeros(1, 1), torch.zeros(1, 1, 2))
