@@ -90,7 +90,7 @@ class SceneConfig:
     # an object is black or white over much of it, as a clipped dark one is.
     toe: Range = (0.03, 0.2)
     shoulder: Range = (0.03, 0.2)
-    saturation: Range = (0.85, 1.6)
+    saturation: Range = (0.8, 1.45)
     # Of the light a root blurs, with this exponent: 1 is optics alone, about 2.2 is demosaicing and scaling
     # of coded values. Blurred light makes what is bright larger.
     blur_power: Range = (1.0, 3.0)
