@@ -29,7 +29,9 @@ from PIL import Image, ImageChops
 
 from smope import SMOPE
 from smope.architectures import find
+from smope.defaults import LOWEST_SCORE, TOP_K
 from smope.images import load_image
+from smope.ops.cpu_forms import cpu_forms
 from smope.results_file import ResultsFile, result_line
 
 DEMO = Path(__file__).parent.parent / "smope" / "assets" / "demo.png"
@@ -108,7 +110,7 @@ def rates(
     device, batch = model.device, given.batch
     batches = max(2, given.images // batch)
     decoded = [load_image(path) for path in islice(cycle(paths), batch)]
-    images = torch.stack(decoded).to(device).float() / 255
+    images = torch.stack(decoded).to(device, memory_format=torch.channels_last).float() / 255
     K = torch.tensor(model.config.K, device=device).expand(batch, 3, 3)
 
     def sources() -> Iterator[Path]:
@@ -116,9 +118,11 @@ def rates(
 
     def network() -> Iterator[int]:
         assert model._tokens is not None
+        on_cpu = device.type == "cpu"
+        lowest = LOWEST_SCORE if on_cpu else 0.0  # as `predict` does
         for _ in range(batches):
-            with torch.no_grad():
-                find(model.network, images, K, model._tokens, 32)
+            with torch.no_grad(), cpu_forms(on_cpu):
+                find(model.network, images, K, model._tokens, TOP_K, lowest)
             yield batch
 
     def predict() -> Iterator[int]:
