@@ -49,8 +49,6 @@ from smope.stream import Streamed, stream
 
 log = logging.getLogger(__name__)
 
-SAME_BOX = 0.03  # of the diameter: two meshes of one object differ by less
-
 
 class SMOPE:
     """A network with its weights and the meshes registered with it."""
@@ -281,7 +279,7 @@ class SMOPE:
                 units,
                 known.diameter,
             )
-        if chosen is None and _same_box(model, known):
+        if chosen is None and model.fills_the_box_of(known):
             model = replace(model, symmetries=known.symmetries)
         return replace(model, trained=True)
 
@@ -379,12 +377,6 @@ def _checked_options(threshold: Any, top_k: Any) -> tuple[float, int]:
             f"threshold {threshold!r} and top_k {top_k!r} given; 0..1 and a whole number expected (1 or more)"
         )
     return lowest, most
-
-
-def _same_box(model: ObjectModel, known: ObjectModel) -> bool:
-    """Whether a mesh stands where the trained one stood, so that what is said of its frame holds."""
-    apart = torch.cat([model.centre - known.centre, (model.extents - known.extents) / 2]).abs().max()
-    return float(apart) < SAME_BOX * known.diameter
 
 
 def _split_objects(

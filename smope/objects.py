@@ -22,6 +22,7 @@ __all__ = ["MeshError", "ObjectModel", "Symmetries", "SymmetryError", "load_mesh
 log = logging.getLogger(__name__)
 
 SPHERE_TRANSFORMS = 1024  # at most so many rotations stand for a body that is alike from every side
+SAME_BOX = 0.03  # of the diameter: two meshes of one object differ by less
 SYMMETRY_TOLERANCE = 0.15  # of the diameter: a stated symmetry may move the surface by this much, no more
 
 _BOP_FORM = 'an entry of BOP\'s models_info.json, with "symmetries_discrete" or "symmetries_continuous",'
@@ -157,6 +158,11 @@ class ObjectModel:
             symmetries=_resolve_symmetries(name, symmetries, units, mesh, _float(surface.points), size),
             mesh=mesh,
         )
+
+    def fills_the_box_of(self, other: ObjectModel) -> bool:
+        """Whether this mesh stands where the other one stood, so that what is said of its frame holds."""
+        gaps = torch.cat([self.centre - other.centre, (self.extents - other.extents) / 2])
+        return float(gaps.abs().max()) < SAME_BOX * other.diameter
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All but the name, the mesh and `trained`, for a safetensors file."""
