@@ -36,7 +36,9 @@ def reader_inputs() -> tuple[
     RegionReader, PoseEstimate, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]
 ]:
     torch.manual_seed(0)
-    reader = RegionReader(32, sampled=6, cells=8, hidden=16)
+    reader = RegionReader(32, sampled=6, cells=8, blocks=3, hidden=16)
+    for block in reader.blocks:  # as after some training
+        torch.nn.init.normal_(block.conv.weight, std=0.1)
     maps = (torch.randn(2, 4, 12, 16), torch.randn(2, 2, 6, 8))
     start = PoseEstimate(
         torch.eye(3).expand(2, 3, 3, 3), torch.tensor([0.0, 0.0, 0.5]).expand(2, 3, 3), torch.zeros(2, 3, 2)
@@ -61,6 +63,19 @@ def test_a_reader_fits_the_pose_to_what_its_cells_say_and_learns_from_it() -> No
     for layer in (reader.surface, reader.trust):
         assert layer.weight.grad is not None
         assert layer.weight.grad.abs().max() > 0
+
+
+def test_a_deeper_reader_begins_with_what_a_shallower_one_sees() -> None:
+    reader, start, pairs, boxes, maps = reader_inputs()
+    K = torch.tensor([[[100.0, 0, 63.5], [0, 100.0, 47.5], [0, 0, 1.0]]]).repeat(2, 1, 1)
+    deeper = RegionReader(32, sampled=6, cells=8, blocks=5, hidden=16)
+    missing, unexpected = deeper.load_state_dict(reader.state_dict(), strict=False)
+    assert {key.split(".")[1] for key in missing} == {"3", "4"}
+    assert not unexpected
+    given = (start, pairs, boxes, maps, torch.full((2, 3), 0.1), K, (128, 96))
+    assert torch.equal(deeper(*given)[2].surface, reader(*given)[2].surface)
+    torch.nn.init.normal_(deeper.blocks[4].conv.weight, std=0.1)
+    assert not torch.allclose(deeper(*given)[2].surface, reader(*given)[2].surface, atol=1e-3)
 
 
 def test_a_single_image_has_the_same_pose_as_in_a_batch() -> None:

@@ -27,12 +27,17 @@ MARGIN = 1.4  # side of the square over the longer side of the box: boxes err, a
 
 
 class ConvBlock(nn.Module):
-    """Pre-activation residual convolution; the norm is over the channels of each cell."""
+    """Pre-activation residual convolution; the norm is over the channels of each cell.
+
+    It begins as nothing, so that a deeper network begins where a trained one is.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = NarrowLayerNorm(width)
         self.conv = nn.Conv2d(width, width, 3, padding=1)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, n, n, C]
         y = F.relu(self.norm(x)).permute(0, 3, 1, 2)
@@ -45,8 +50,8 @@ class RegionReader(nn.Module):
         width: int,
         sampled: int,
         cells: int,
+        blocks: int = 6,
         hidden: int = 128,
-        blocks: int = 3,
         steps: int = 3,
     ) -> None:
         super().__init__()

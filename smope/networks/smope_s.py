@@ -52,6 +52,7 @@ class SmopeSConfig:
     mesh_tokens: int = 32
     surface_points: int = 1024
     region_cells: int = 16  # a side of the grid that is read around each box
+    region_blocks: int = 6  # convolutions over that grid
     anchors: int = 64
     refine_layers: int = 2
     rebuilt_points: int = 512
@@ -114,7 +115,7 @@ class SmopeS(nn.Module):
         self.mesh_attention = MeshAttention(c.width, c.heads)
         self.pose_head = PoseHead(c.width, c.predict_scale)
         self.pose_maps = PoseMaps(c.width, channels[0])
-        self.region_reader = RegionReader(c.width, self.pose_maps.channels, c.region_cells)
+        self.region_reader = RegionReader(c.width, self.pose_maps.channels, c.region_cells, c.region_blocks)
         self.refiners = nn.ModuleList(
             PoseRefiner(c.width, self.pose_maps.channels) for _ in range(c.refine_layers)
         )

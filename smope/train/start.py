@@ -21,6 +21,8 @@ from smope.train.loop import CHECKPOINT, SMALL, Loop, LoopState
 
 log = logging.getLogger(__name__)
 
+_BLOCKS = "region_reader.blocks."
+
 
 def begin(
     loop: Loop, init: str | Path | None, backbone: str | Path | None, resume: bool, continue_schedule: bool
@@ -38,7 +40,7 @@ def begin(
                 )
             spent = LoopState(step=int(note["step"]), seconds=float(note["seconds"]))
         try:
-            loop.start_from(weights, spent)
+            loop.start_from(_deepened(weights, loop.model), spent)
         except RuntimeError as error:
             raise ConfigError(f"{init}: weights of another network than the recipe's: {error}") from None
     elif backbone is not None:
@@ -66,6 +68,17 @@ def _weights_of(init: str | Path, network: nn.Module) -> tuple[Mapping[str, Tens
     if path.suffix == ".safetensors":
         return load_small(path)
     return SMOPE.from_pretrained(init, device="cpu").network.state_dict(), {}
+
+
+def _deepened(weights: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    """The weights of a shallower region reader too: its further blocks begin as nothing, so that the network
+    begins with the poses it had."""
+    own = network.state_dict()
+    further = {key: own[key] for key in own.keys() - weights.keys() if key.startswith(_BLOCKS)}
+    if further and any(key.startswith(_BLOCKS) for key in weights):
+        log.info("the weights have fewer blocks that read regions; added: %s", ", ".join(sorted(further)))
+        return {**weights, **further}
+    return weights
 
 
 def _pth_weights(path: Path, network: nn.Module) -> Mapping[str, Tensor]:
