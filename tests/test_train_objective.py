@@ -227,13 +227,18 @@ def test_an_objective_step_reaches_every_parameter_and_survives_an_empty_image(
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
-def test_the_total_weighs_each_part_and_refined_poses_once_more(objects: list[ObjectModel]) -> None:
+@pytest.mark.parametrize(
+    ("factor", "ending"), [("direct", "direct"), ("fitted", "region"), ("refined", "refined")]
+)
+def test_the_total_weighs_each_part_and_the_poses_of_one_kind_once_more(
+    objects: list[ObjectModel], factor: str, ending: str
+) -> None:
     torch.manual_seed(0)
-    network, config = SmopeS(TINY).train(), LossConfig(depth=3.0, label=0.5, refined=2.5)
+    network, config = SmopeS(TINY).train(), LossConfig(depth=3.0, label=0.5, **{factor: 2.5})
     loss, parts = Objective(objects, config)(network, make_batch())
     plain = {name: getattr(config, name.split("/")[0]) * value.item() for name, value in parts.items()}
-    assert plain["depth/refined"] == pytest.approx(3 * parts["depth/refined"].item())
-    more = sum(1.5 * value for name, value in plain.items() if name.endswith("/refined"))
+    assert plain[f"depth/{ending}"] == pytest.approx(3 * parts[f"depth/{ending}"].item())
+    more = sum(1.5 * value for name, value in plain.items() if name.endswith(f"/{ending}"))
     assert more > 0
     assert loss.item() == pytest.approx(sum(plain.values()) + more, rel=1e-5)
 

@@ -105,7 +105,7 @@ def fit(
     plan = _planned(recipe, max_minutes, run_options, {"architecture": architecture, "objective": objective})
     with joined(device) as ranks:
         objects = objects_of(meshes, units, symmetries, plan.data)
-        source, scene_config = _source(objects, scenes, dataset, assets, plan, ranks)
+        source, scene_config = source_of(objects, scenes, dataset, assets, plan, ranks)
         config = network_config(plan, init)
         loss = make_objective(plan, objects, config, source.clutter)
         # The same start in every process, whatever was drawn before.
@@ -196,7 +196,7 @@ def _planned(
     return replace(plan, run=run)
 
 
-def _source(
+def source_of(
     objects: Sequence[ObjectModel],
     scenes: SceneConfig | None,
     dataset: Sequence[Record] | None,

@@ -49,7 +49,11 @@ class LossConfig:
     offsets: float = 2.0  # where refinement sends the anchors
     visibility: float = 1.0
     sigma: float = 0.1
-    refined: float = 1.0  # refinement's poses, which are those handed out, times the weights above
+    # Of which poses, times the weights above: the queries' own, those fitted to what a region shows, and
+    # refinement's, which are handed out. tools/loss_shares.py says how hard each pulls at the network.
+    direct: float = 1.0
+    fitted: float = 1.0
+    refined: float = 1.0
     mesh: float = 0.5
     regions: float = 1.0  # what the cells of each square see
     coordinates: float = 1.0
@@ -60,8 +64,9 @@ class LossConfig:
     def weight(self, part: str) -> float:
         """Of a part by its name, as "depth/refined": what it measures, and of which poses."""
         measured, _, poses = part.partition("/")
+        factors = {"direct": self.direct, "region": self.fitted, "refined": self.refined}
         weight: float = getattr(self, measured)
-        return weight * self.refined if poses == "refined" else weight
+        return weight * factors.get(poses, 1.0)
 
 
 _IGNORED_SHARE = 0.5  # a box of which so much lies in an ignored area is not judged
@@ -88,6 +93,12 @@ class Objective:
         self.surfaces = torch.stack([surface_table(o) for o in objects])  # [M, P, 10]
 
     def __call__(self, network: SmopeS, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = self.parts(network, batch)
+        weighted = [self.config.weight(name) * value for name, value in parts.items()]
+        return torch.stack(weighted).sum(), {name: value.detach() for name, value in parts.items()}
+
+    def parts(self, network: SmopeS, batch: Batch) -> dict[str, Tensor]:
+        """Each part by its name, not yet weighed, with its gradients"""
         device = batch.images.device
         if self.surfaces.device != device:
             self.table, self.surfaces = self.table.to(device), self.surfaces.to(device)
@@ -111,8 +122,7 @@ class Objective:
             }
             if batch.instance is not None and batch.depth is not None and outputs.coordinates is not None:
                 parts["coordinates"] = self.coordinate_loss(outputs.coordinates.float(), batch)
-        weighted = [self.config.weight(name) * value for name, value in parts.items()]
-        return torch.stack(weighted).sum(), {name: value.detach() for name, value in parts.items()}
+        return parts
 
     def mesh_views(self, surface_points: int, anchor_count: int) -> MeshInputs:
         """Another sample of each surface at every step: other points, a little noise, now and then no
