@@ -34,7 +34,7 @@ from smope.scenes.stream import _Feed
 from smope.train import matcher as matching
 from smope.train.choice import make_objective, network_config
 from smope.train.distributed import joined
-from smope.train.fit import PoseTask, _source, objects_of
+from smope.train.fit import PoseTask, objects_of, source_of
 from smope.train.loop import Loop, LoopResult
 from smope.train.recipe import Recipe, expand, load_recipe
 from smope.train.start import begin
@@ -180,7 +180,7 @@ def prepared(plan: Recipe, device: str | None, kind: type[SomeLoop]) -> Iterator
     """The loop of a recipe with its first weights, and its objective."""
     with joined(device) as ranks, tempfile.TemporaryDirectory() as out:
         objects = objects_of(None, None, None, plan.data)
-        source, _ = _source(objects, None, None, None, plan, ranks)
+        source, _ = source_of(objects, None, None, None, plan, ranks)
         config = network_config(plan, None)
         objective = make_objective(plan, objects, config, source.clutter)
         torch.manual_seed(plan.run.seed)
