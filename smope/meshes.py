@@ -111,9 +111,8 @@ def _read(source: Any, name: str) -> list[trimesh.Trimesh]:
         try:
             return _surfaces(trimesh.load_scene(path, process=False))
         except Exception as error:  # trimesh's readers raise whatever their parsers raise
-            # Formats that trimesh does not know itself, as STEP, make it ask for a package or refuse.
-            unknown = isinstance(error, (ImportError, NotImplementedError)) or "not supported" in str(error)
-            hint = "; save it as OBJ, PLY, STL or GLB" if unknown else ""
+            known = path.suffix[1:].lower() in trimesh.available_formats()  # without further packages
+            hint = "" if known else "; save it as OBJ, PLY, STL or GLB"
             raise MeshError(f"{name}: {str(path)!r} cannot be read as a mesh: {error}{hint}") from error
     if isinstance(source, trimesh.Scene):
         return _surfaces(source)

@@ -246,11 +246,13 @@ def _resembles(key: Any) -> bool:
     return bool(difflib.get_close_matches(str(key), ("symmetries_discrete", "symmetries_continuous"), n=1))
 
 
-def _listed(info: Mapping[str, Any], key: str) -> Sequence[Any]:
+def _listed(info: Mapping[str, Any], key: str) -> list[Any]:
+    """The entries: those of a list, or the rows of an array."""
     entries = info.get(key, ())
-    if isinstance(entries, (str, Mapping)) or not isinstance(entries, (Sequence, np.ndarray, Tensor)):
+    rows = isinstance(entries, (np.ndarray, Tensor)) and entries.ndim > 0
+    if not rows and (isinstance(entries, (str, bytes)) or not isinstance(entries, Sequence)):
         raise SymmetryError(f"{key}: {_shown(entries)} given, a list expected")
-    return entries  # type: ignore[return-value]  # rows of an array are entries as well
+    return list(entries)
 
 
 def _numbers(value: Any) -> Tensor:

@@ -242,11 +242,13 @@ def test_what_is_nearly_a_mesh_is_told_what_to_do(shared: SMOPE, tmp_path: Path)
     (tmp_path / "part.step").write_text("ISO-10303-21;")
     (tmp_path / "part.txt").write_text("a part")
     (tmp_path / "part").write_text("a part")
+    (tmp_path / "part.ply").write_text("a part")
     for source, message in [
         (tmp_path, "the folder .* given, a mesh file expected"),
         (tmp_path / "part.step", "save it as OBJ, PLY, STL or GLB"),
         (tmp_path / "part.txt", "save it as OBJ, PLY, STL or GLB"),
         (tmp_path / "part", "save it as OBJ, PLY, STL or GLB"),
+        (tmp_path / "part.ply", "cannot be read as a mesh: (?!.*save it as)"),  # it is a PLY already
         (([["a", "b", "c"]], [[0, 0, 0]]), "vertices and faces of numbers expected"),
     ]:
         with pytest.raises(MeshError, match=f"thing: .*{message}"):
@@ -272,6 +274,8 @@ AXIS = {"axis": [0, 0, 1], "offset": [0, 0, 0]}
         {"axis": [0, 0, 1]},
         {"symmetries_discrete": None},
         {"symmetries_discrete": 5},
+        {"symmetries_discrete": np.array(5.0)},
+        {"symmetries_continuous": torch.tensor(5.0)},
         {"symmetries_discrete": [["a"] * 16]},
         {"symmetries_continuous": AXIS},
         {"symmetries_continuous": [[0, 0, 1]]},

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from smope.evaluate.report import markdown_table
 from smope.images import load_image
 from smope.scenes import SceneStream
 
@@ -74,14 +75,14 @@ def table(columns: dict[str, Iterable[Pixels]]) -> str:
         if not found:
             raise SystemExit(f"{name}: no pictures; give a folder with JPEG or PNG files")
     heads = [f"{name} ({len(found)})" for name, found in values.items()]
-    lines = [f"| median, 10-90 % | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+    rows = []
     for measure in next(iter(values.values()))[0]:
         cells = []
         for found in values.values():
             low, middle, high = np.quantile([entry[measure] for entry in found], [0.1, 0.5, 0.9])
             cells.append(f"{middle:.1f}, {low:.1f}-{high:.1f}")
-        lines.append(f"| {measure} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([measure, *cells])
+    return markdown_table(["median, 10-90 %", *heads], rows)
 
 
 def main() -> None:

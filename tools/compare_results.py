@@ -15,20 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from smope.data.bop import Estimate, read_bop_csv
-from smope.evaluate.bop import Pairing, bop_scores, pair_targets
+from smope.evaluate.bop import Pairing, bop_scores
+from smope.evaluate.report import markdown_table
 from smope.evaluate.sets import PoseSet, load_pose_set
 
 VISIBLE = (0.0, 0.3, 0.6, 0.8, 0.95, 1.01)  # shares
 SEEN = 0.6  # visible share from which a depth says something of the object, not of what hides it
 NEAR = 0.15  # relative error of depth beyond which something else was found
 Methods = dict[str, list[Pairing]]
-
-
-def pairings_of(pose_set: PoseSet, estimates: Sequence[Estimate]) -> list[Pairing]:
-    asked = [e for e in estimates if (e.scene_id, e.im_id) in pose_set.records]
-    geometry = {t.obj_id: pose_set.geometry(t.obj_id) for t in pose_set.targets}
-    return pair_targets(pose_set.targets, asked, pose_set.records, geometry)
 
 
 def depth_errors(pose_set: PoseSet, pairings: Sequence[Pairing]) -> list[float]:
@@ -44,15 +38,20 @@ def depth_errors(pose_set: PoseSet, pairings: Sequence[Pairing]) -> list[float]:
     return errors
 
 
-def table(title: str, methods: Methods, groups: dict[str, Callable[[Pairing], bool]], cell: Callable) -> str:
+def table(
+    title: str,
+    methods: Methods,
+    groups: dict[str, Callable[[Pairing], bool]],
+    cell: Callable[[list[Pairing]], str],
+) -> str:
     """One row a group, one column a method"""
-    lines = [["", "targets", *methods], ["---"] * (len(methods) + 2)]
+    rows = []
     for name, belongs in groups.items():
-        chosen = {method: [p for p in pairings if belongs(p)] for method, pairings in methods.items()}
-        count = sum(p.target.inst_count for p in next(iter(chosen.values())))
+        chosen = [[p for p in pairings if belongs(p)] for pairings in methods.values()]
+        count = sum(p.target.inst_count for p in chosen[0])
         if count:
-            lines.append([name, str(count), *(cell(pairings) for pairings in chosen.values())])
-    return f"{title}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+            rows.append([name, str(count), *(cell(pairings) for pairings in chosen)])
+    return f"{title}:\n\n{markdown_table(['', 'targets', *methods], rows)}\n"
 
 
 def main() -> None:
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+")
     options = parser.parse_args()
     pose_set = load_pose_set(options.dataset, "bop")
-    methods = {f.stem.split("_")[0]: pairings_of(pose_set, read_bop_csv(f)) for f in options.results}
+    methods = {f.stem.split("_")[0]: pose_set.pairings(pose_set.read_results(f)) for f in options.results}
 
     def recalls(pairings: list[Pairing]) -> str:
         scores = bop_scores(pairings)

@@ -1,6 +1,6 @@
 """How hard each part of the loss pulls at each part of the network: the norms of their gradients.
 
-python tools/loss_shares.py RECIPE --init MODEL [--assets FILE] [--images N]
+python tools/loss_shares.py RECIPE --init MODEL [--assets FILE] [--images N] [--loss KEY=VALUE ...]
 
 AdamW divides by the size of what it has seen, so a part of the loss whose gradient is large steers, and one
 whose gradient is small hardly counts, whatever the two add to the loss. Set the weights of the parts, [loss],
@@ -11,6 +11,7 @@ on the CPU, a few seconds an image. A Markdown table is printed.
 from __future__ import annotations
 
 import argparse
+import tomllib
 from collections import defaultdict
 from dataclasses import replace
 from itertools import islice
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from smope.data.items import Batch
+from smope.evaluate.report import markdown_table
 from smope.model import SMOPE
 from smope.networks.smope_s import SmopeS
 from smope.train.choice import make_objective
@@ -39,10 +42,10 @@ def group_of(part: str) -> str:
     return poses or GROUPS.get(part, part)
 
 
-def pulls(network: SmopeS, objective: Objective, batch: object) -> dict[str, list[float]]:
+def pulls(network: SmopeS, objective: Objective, batch: Batch) -> dict[str, list[float]]:
     """Of each row: the weighted loss, then the norm of its gradient in each of MODULES."""
     losses: dict[str, torch.Tensor] = {}
-    for name, value in objective.parts(network, batch).items():  # type: ignore[arg-type]
+    for name, value in objective.parts(network, batch).items():
         row, weighted = group_of(name), objective.config.weight(name) * value
         losses[row] = losses[row] + weighted if row in losses else weighted
     weights = [[p for p in getattr(network, m).parameters() if p.requires_grad] for m in MODULES]
@@ -66,9 +69,11 @@ def main() -> None:
     parser.add_argument("--init", required=True, help="weights to look at: a bundled name or a folder")
     parser.add_argument("--assets", type=Path, help="scene assets, in place of the recipe's")
     parser.add_argument("--images", type=int, default=12)
+    parser.add_argument("--loss", nargs="*", default=[], metavar="KEY=VALUE", help="in place of the recipe's")
     options = parser.parse_args()
     plan = load_recipe(options.recipe)
-    plan = replace(plan, run=replace(plan.run, batch_size=1, eval_images=0, workers=0))
+    loss = {**plan.loss, **tomllib.loads("\n".join(options.loss))}
+    plan = replace(plan, loss=loss, run=replace(plan.run, batch_size=1, eval_images=0, workers=0))
     network = SMOPE.from_pretrained(options.init, device="cpu").network
     if not isinstance(network, SmopeS):
         raise SystemExit(f'{options.init}: of another architecture; "smope-s" expected')
@@ -84,9 +89,8 @@ def main() -> None:
             pulled = pulls(network, objective, replace(batch, images=batch.images.float()))
             for row, values in pulled.items():
                 sums[row] = [a + b / options.images for a, b in zip(sums[row], values, strict=True)]
-    lines = [["", "loss", *MODULES], ["---"] * (2 + len(MODULES))]
-    lines += [[row, *(f"{value:.2f}" for value in values)] for row, values in sums.items()]
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    rows = [[row, *(f"{value:.2f}" for value in values)] for row, values in sums.items()]
+    print(markdown_table(["", "loss", *MODULES], rows))
 
 
 if __name__ == "__main__":

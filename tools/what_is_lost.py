@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 from smope.data.records import Annotation, Record
 from smope.evaluate import pose_errors
 from smope.evaluate.bop import MSPD_PIXELS, MSSD_SHARES, ObjectGeometry
-from smope.evaluate.report import spearman
+from smope.evaluate.report import markdown_table, spearman
 from smope.evaluate.sets import PoseSet, load_pose_set
 from smope.geometry.boxes import cxcywh_to_xyxy, paired_iou
 from smope.images import load_image
@@ -120,7 +120,7 @@ def pose_of(R: Array, t: Array, middle: Array) -> Array:
 def nearest_truth(R: Array, T_CO: Array, symmetries: Array) -> Array:
     """[4, 4] the true pose, among the symmetric ones, nearest in rotation to R."""
     alike = T_CO @ symmetries
-    return alike[np.einsum("ij,sij->s", R, alike[:, :3, :3]).argmax()]  # type: ignore[no-any-return]
+    return alike[np.einsum("ij,sij->s", R, alike[:, :3, :3]).argmax()]
 
 
 def errors_of(poses: Array, truth: Annotation, record: Record, shape: ObjectGeometry) -> Array:
@@ -298,8 +298,7 @@ def tables(cases: Sequence[Case]) -> str:
 
 
 def section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(heads), ["---"] * len(heads), *rows]
-    return f"{title}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return f"{title}:\n\n{markdown_table(heads, rows)}\n"
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ Command = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, 2 for what the user can put right, 130 for Ctrl-C."""
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]  # a union of classes is a form, not a class, to mypy
+        Command,
         prog="smope",
         description=smope.__doc__,
         args=argv,

@@ -21,7 +21,7 @@ from smope.data.kitti import (
 )
 from smope.data.records import Record
 from smope.evaluate import report
-from smope.evaluate.bop import Pairing, pair_targets
+from smope.evaluate.bop import Pairing
 from smope.evaluate.kitti import Frame, kitti_scores
 from smope.evaluate.rows import box_scores, median, score_row
 from smope.evaluate.sets import PoseSet, load_pose_set
@@ -118,8 +118,7 @@ def _poses(
     else:
         assert results is not None
         estimates = [e for e in pose_set.read_results(results) if (e.scene_id, e.im_id) in pose_set.records]
-    geometry = {t.obj_id: pose_set.geometry(t.obj_id) for t in pose_set.targets}
-    pairings = pair_targets(pose_set.targets, estimates, pose_set.records, geometry)
+    pairings = pose_set.pairings(estimates)
     by_name: dict[str, list[Pairing]] = {}
     for pairing in pairings:
         by_name.setdefault(pose_set.names[pairing.target.obj_id], []).append(pairing)

@@ -16,7 +16,7 @@ from smope.data.labelimg3d import LabelImg3DScene, make_document, write_document
 from smope.data.linemod import LinemodSequence
 from smope.data.reading import DataError
 from smope.data.records import Annotation, Record
-from smope.evaluate.bop import ObjectGeometry
+from smope.evaluate.bop import ObjectGeometry, Pairing, pair_targets
 from smope.evaluate.pose_errors import symmetry_transforms
 
 Writer = Callable[[Path, str, list[Estimate]], None]  # folder, model's name, estimates
@@ -44,6 +44,11 @@ class PoseSet:
             ids |= {LINEMOD_NAMES[obj_id]: obj_id for obj_id in self.names}
         # Of two objects of one name (KITTI-3D's pedestrians) the first.
         return ids | {name: obj_id for obj_id, name in sorted(self.names.items(), reverse=True)}
+
+    def pairings(self, estimates: Iterable[Estimate]) -> list[Pairing]:
+        """Each target with what was found of it and its errors."""
+        geometry = {obj_id: self.geometry(obj_id) for obj_id in {t.obj_id for t in self.targets}}
+        return pair_targets(self.targets, estimates, self.records, geometry)
 
     def first(self, count: int | None) -> PoseSet:
         """With the first images only."""

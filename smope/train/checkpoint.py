@@ -169,7 +169,7 @@ def load_small(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             with safe_open(file, framework="pt") as reader:
                 header = reader.metadata() or {}
-                weights.update({name: reader.get_tensor(name) for name in reader.keys()})  # noqa: SIM118
+                weights.update({name: reader.get_tensor(name) for name in reader.keys()})  # noqa: SIM118  # not a dict
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{file}: damaged, truncated or not safetensors ({error})") from error
         if header.get("format") != SMALL_FORMAT:

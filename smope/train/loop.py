@@ -98,6 +98,7 @@ class Loop:
         self.schedule = Schedule(optim.warmup_steps, optim.flat_until, optim.anneal, optim.final)
         self.model = model.to(ranks.device)
         if run.channels_last:
+            # Torch's stubs know the format only together with a device or a type.
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.model, optim.ema_decay)
         self.optimiser = GuardedAdamW(self.model, optim)

@@ -77,6 +77,7 @@ class GuardedAdamW:
         norm = nn.utils.clip_grad_norm_(self._parameters, self.clip, foreach=True)
         bad = (~torch.isfinite(norm)).float()
         # The fused kernel reads this flag on the device and leaves everything as it is where it is 1.
+        # GradScaler sets it too, but the class does not declare it.
         self.adamw.found_inf = bad  # type: ignore[attr-defined]
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)

@@ -75,10 +75,9 @@ def _deepened(weights: Mapping[str, Tensor], network: nn.Module) -> Mapping[str,
     begins with the poses it had."""
     own = network.state_dict()
     further = {key: own[key] for key in own.keys() - weights.keys() if key.startswith(_BLOCKS)}
-    if further and any(key.startswith(_BLOCKS) for key in weights):
+    if further:
         log.info("the weights have fewer blocks that read regions; added: %s", ", ".join(sorted(further)))
-        return {**weights, **further}
-    return weights
+    return {**weights, **further}
 
 
 def _pth_weights(path: Path, network: nn.Module) -> Mapping[str, Tensor]:
