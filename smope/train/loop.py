@@ -104,7 +104,7 @@ class Loop:
         self.optimiser = GuardedAdamW(self.model, optim)
         for name in run.compile:
             self._compile(name)
-        self.step_module = self._wrap(_Step(self.model, task, run.precision == "bf16", ranks.device))
+        self.step_module: nn.Module = _Step(self.model, task, run.precision == "bf16", ranks.device)
         self.state = LoopState()
         self.record: dict[str, Any] = {"about": self.about, "pieces": []}
         self.scores: dict[str, float] = {}
@@ -128,15 +128,26 @@ class Loop:
             owner = getattr(owner, holder)
         setattr(owner, leaf, torch.compile(getattr(owner, leaf), dynamic=False))
 
-    def _wrap(self, module: _Step) -> nn.Module:
-        if self.ranks.world == 1:
-            return module
-        # Batch statistics stay each process's own; torch 2.13 renamed the switch.
-        known = inspect.signature(DistributedDataParallel.__init__).parameters
-        switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True, "static_graph": True}
-        # No device_ids: batches are on their device already.
-        return DistributedDataParallel(module, **options)
+    @contextmanager
+    def _parallel(self) -> Iterator[None]:
+        """Average the step's gradients over the processes until the end of the context.
+
+        No longer than that, and in no local variable that a traceback could keep: what averages must be gone
+        before the process group is, whose destructor waits for threads that want the interpreter's lock while
+        DistributedDataParallel's holds it (pytorch/pytorch#56297).
+        """
+        alone = self.step_module
+        if self.ranks.world > 1:
+            # Batch statistics stay each process's own; torch 2.13 renamed the switch.
+            known = inspect.signature(DistributedDataParallel.__init__).parameters
+            switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True, "static_graph": True}
+            # No device_ids: batches are on their device already.
+            self.step_module = DistributedDataParallel(alone, **options)
+        try:
+            yield
+        finally:
+            self.step_module = alone
 
     # -- where a run begins ---------------------------------------------------------------------------------
 
@@ -193,6 +204,7 @@ class Loop:
         self.model.train()
         config, main = self.config, self.ranks.is_main
         with ExitStack() as stack:
+            stack.enter_context(self._parallel())
             interrupt = stack.enter_context(interruptible())
             batches = stack.enter_context(opened(self.stream(self.state.step)))
             batch, _ = _next(batches)  # workers start and shaders compile before the clock does
