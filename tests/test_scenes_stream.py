@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import re
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -179,6 +182,31 @@ def test_a_workers_failure_reaches_the_parent(assets: SceneAssets) -> None:
     pool = WorkerPool(Broken(assets.targets), 1, 1, seed_of, slots=1)  # type: ignore[arg-type]
     try:
         with pytest.raises(WorkerError, match="the dice are loaded"):
+            pool.take()
+    finally:
+        pool.close()
+
+
+class Deadly(Broken):
+    """Ends its process as `how` says: a signal, or 0 for an exit."""
+
+    def __init__(self, targets: tuple[object, ...], how: int) -> None:
+        super().__init__(targets)
+        self.how = how
+
+    def __call__(self, seed: tuple[int, ...]) -> object:
+        if self.how:
+            os.kill(os.getpid(), self.how)
+        os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [(signal.SIGKILL, "ended by signal 9"), (0, 'below `if __name__ == "__main__":`')]
+)
+def test_a_worker_that_dies_is_an_error_with_advice(assets: SceneAssets, how: int, said: str) -> None:
+    pool = WorkerPool(Deadly(assets.targets, how), 1, 1, seed_of, slots=1)  # type: ignore[arg-type]
+    try:
+        with pytest.raises(WorkerError, match=re.escape(said)):
             pool.take()
     finally:
         pool.close()

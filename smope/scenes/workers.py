@@ -126,6 +126,19 @@ def _work(
         done.put((-1, 0, traceback.format_exc()))
 
 
+def _last_words(exit_code: int | None) -> str:
+    """What is known of a worker that ended without telling why."""
+    if exit_code is not None and exit_code < 0:
+        return (
+            f"a scene worker was ended by signal {-exit_code}; where memory is short the system does so with "
+            "signal 9, and fewer `workers` need less"
+        )
+    return (
+        f"a scene worker ended with exit code {exit_code}; what it printed says why. Each "
+        'worker imports the script that started it: there, train below `if __name__ == "__main__":`'
+    )
+
+
 class WorkerPool:
     """Keeps `slots` batches in the making, in order; `take` gives the next one, `free` returns its memory."""
 
@@ -194,9 +207,7 @@ class WorkerPool:
             except Empty:
                 dead = [p.exitcode for p in self._processes if not p.is_alive()]
                 if dead:
-                    raise WorkerError(
-                        f"a scene worker ended with exit code {dead[0]} and no traceback"
-                    ) from None
+                    raise WorkerError(_last_words(dead[0])) from None
                 continue
             if failure is not None:
                 raise WorkerError(f"a scene worker failed:\n{failure}")
