@@ -118,10 +118,11 @@ def test_interrupt_saves_and_the_run_can_go_on(
             yield batch
 
     loop.stream = with_ctrl_c
+    before = signal.getsignal(signal.SIGINT)
     result = loop.run()
     assert result.interrupted
     assert not result.finished
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     loop = make_loop(out)
     assert loop.resume()
     assert loop.state.step == 7
