@@ -55,6 +55,7 @@ class SmopeSConfig:
     region_blocks: int = 6  # convolutions over that grid
     anchors: int = 64
     refine_layers: int = 2
+    refine_steps: int = 3  # past the layers, the last one again
     rebuilt_points: int = 512
     denoising_groups: int = 3
     predict_scale: bool = False  # also three factors on the registered mesh, where instances differ in size
@@ -269,7 +270,7 @@ class SmopeS(nn.Module):
         size: ImageSize,
         features: Features,
     ) -> tuple[PairOutputs, Regions]:
-        """Add the pose that fits what the box's square shows, and one a refinement layer; visibility and
+        """Add the pose that fits what the box's square shows, and one a step of refinement; visibility and
         uncertainty are said anew by what was seen."""
         maps = self.pose_maps(features)
         anchors, diameters = meshes.anchors[labels], meshes.diameters[labels]
@@ -280,7 +281,8 @@ class SmopeS(nn.Module):
         if scale is not None:  # from here on the mesh is stretched as the region says
             start, fixed = resized(start, scale.detach()), scale.detach()
             anchors, diameters = stretched_anchors(anchors, fixed), diameters * size_factor(fixed)
-        for refiner in self.refiners:
+        for step in range(self.config.refine_steps):
+            refiner = self.refiners[min(step, len(self.refiners) - 1)]
             pose, pairs = refiner(start, pairs, maps, anchors, diameters, K, size)
             poses.append(replace(pose, scale=scale))
             start = pose.detach()
