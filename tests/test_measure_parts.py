@@ -9,6 +9,7 @@ from pathlib import Path
 import made_up_bop
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import trimesh
 from small_model import small_model
@@ -144,6 +145,26 @@ def test_lenses_are_compared_on_common_targets() -> None:
     assert short["signed_depth_error_median"] == pytest.approx(0.02)
     assert short["ratio"] == pytest.approx(2.0)
     assert (middle["ratio"], middle["found"], long["found"]) == (1.0, 1.0, 0.5)
+
+
+def test_the_interval_of_a_ratio_is_a_bootstraps() -> None:
+    draws = np.random.default_rng(3)
+    original = draws.exponential(0.02, 90)
+    errors = 1.4 * original * draws.uniform(0.5, 1.5, 90)
+    expected = scipy.stats.bootstrap(
+        (errors, original),
+        lambda a, b, axis: np.median(a, axis) / np.median(b, axis),
+        paired=True,
+        confidence_level=0.9,
+        n_resamples=4000,
+        method="percentile",
+        random_state=draws,
+    ).confidence_interval
+    alone = lens_pairs._interval(errors, original, range(90))
+    assert alone == pytest.approx([expected.low, expected.high], rel=0.05)
+    # Four copies of each target, in one scene each, say no more than one.
+    copies = (np.repeat(errors, 4), np.repeat(original, 4))
+    assert lens_pairs._interval(*copies, np.repeat(range(90), 4).tolist()) == pytest.approx(alone, rel=0.05)
 
 
 def test_lenses_need_common_targets_at_one_depth() -> None:

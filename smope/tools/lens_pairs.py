@@ -31,7 +31,9 @@ FOCAL_SCALES = (0.7, 1.0, 1.4)
 DISTANCE = (0.35, 1.6)  # metres: where LM-O's camera stands; training may look from further away
 MIN_VISIBILITY = 0.3  # through every one of the lenses
 _BATCH = 4  # images rendered and predicted together
+_RESAMPLES = 1000  # of the scenes, for the interval of a ratio
 
+FloatArray = NDArray[np.float64]
 Target = tuple[int, str]  # scene, object
 
 
@@ -73,10 +75,25 @@ def compare_lenses(by_scale: Mapping[float, Mapping[Target, Seen]]) -> dict[str,
             "signed_depth_error_median": float(np.median(e)),
             "found": float(np.isfinite(e).mean()),
             "ratio": medians[scale] / medians[1.0],
+            "ratio_90_percent": _interval(np.abs(e), np.abs(errors[1.0]), [scene for scene, _ in common]),
         }
         for scale, e in errors.items()
     }
     return {"targets": len(common), "min_visibility": MIN_VISIBILITY, "focal_scales": lenses}
+
+
+def _interval(errors: FloatArray, original: FloatArray, scenes: Sequence[int]) -> list[float]:
+    """Bounds of the middle 90 % of the ratio of medians, the scenes drawn anew (Efron's bootstrap).
+
+    Scenes and not targets are drawn, as those of one scene share its light, its background and its camera.
+    """
+    of_scene = [np.flatnonzero(np.array(scenes) == scene) for scene in sorted(set(scenes))]
+    draws = np.random.default_rng(0)
+    ratios = []
+    for _ in range(_RESAMPLES):
+        rows = np.concatenate([of_scene[k] for k in draws.integers(len(of_scene), size=len(of_scene))])
+        ratios.append(np.median(errors[rows]) / np.median(original[rows]))
+    return [float(bound) for bound in np.percentile(ratios, [5, 95], method="nearest")]
 
 
 def targets_seen(
@@ -131,5 +148,5 @@ def _compare(model: SMOPE, batch: Batch, row: int, poses: Poses) -> Iterator[tup
         yield name, Seen(float(batch.visibility[row, slot]), error, depth)
 
 
-def _depth(T_CO: NDArray[np.float64], centre: NDArray[np.float64]) -> float:
+def _depth(T_CO: FloatArray, centre: FloatArray) -> float:
     return float(T_CO[2, :3] @ centre + T_CO[2, 3])

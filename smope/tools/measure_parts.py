@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="put the figures into the model's scores.json")
     parser.add_argument("--limit", type=int, default=None, help="the first photos only")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
-    parser.add_argument("--scenes", type=int, default=36, help="rendered scenes, each through three lenses")
+    parser.add_argument("--scenes", type=int, default=288, help="rendered scenes, each through three lenses")
     parser.add_argument("--assets", type=Path, default=Path("runs/lmo_assets.npz"), help="scene assets")
     parser.add_argument("--device", default=None)
     options = parser.parse_args(arguments)
