@@ -105,7 +105,7 @@ class ThinLite(EfficientNetLite2):
 
     stages = tuple(
         (kernel, stride, 1, outputs, 1) for kernel, stride, _, outputs, _ in EfficientNetLite2.stages
-    )  # type: ignore[assignment]
+    )  # type: ignore[assignment]  # as many, which no type checker counts
 
 
 def thin_backbone(monkeypatch: pytest.MonkeyPatch) -> None:

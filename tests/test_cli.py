@@ -274,8 +274,8 @@ def test_evaluate_and_fit_hand_their_options_on(
         return lambda *given, **options: calls.append((given, options)) or result
 
     run = SimpleNamespace(evaluate_dataset=record({"table": "the table"}))
-    monkeypatch.setitem(sys.modules, "smope.evaluate.run", run)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "smope.train.fit", SimpleNamespace(fit=record(Path("run/model"))))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "smope.evaluate.run", run)
+    monkeypatch.setitem(sys.modules, "smope.train.fit", SimpleNamespace(fit=record(Path("run/model"))))
     assert cli.main(["evaluate", "set", "--model", "lmo", "--out", "scores", "--limit", "5"]) == 0
     assert cli.main(["fit", "lmo.toml", "--out", "run", "--max-minutes", "2.5", "--resume"]) == 0
     assert capsys.readouterr().out == "the table\nthe model is in run/model\n"

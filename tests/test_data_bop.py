@@ -97,7 +97,7 @@ def test_a_written_scene_comes_back(root: Path, tmp_path: Path) -> None:
         for a, b in zip(record.annotations, expected.annotations, strict=True):
             assert (a.object_id, a.visibility) == (b.object_id, b.visibility)
             np.testing.assert_allclose(a.T_CO, b.T_CO, rtol=1e-14)
-            np.testing.assert_array_equal(a.box_xyxy, b.box_xyxy)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(a.box_xyxy, b.box_xyxy)
     # One line an image, as BOP's own files have it.
     assert len((tmp_path / "000005/scene_gt.json").read_text().splitlines()) == len(records) + 2
 

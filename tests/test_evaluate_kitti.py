@@ -128,10 +128,10 @@ def test_overlap_thresholds_by_class() -> None:
     # Shifted by 0.6 m of 4: overlap 3.4 / 4.6 = 0.74; by 1 m: 0.6.
     near, far = car(0.6, 0.9), car(1.0, 0.9)
     for metric in ("bev", "3d"):
-        assert average_precision([Frame([car(0)], [near])], "Car", metric, EASY)[0] == 1  # type: ignore[arg-type]
-        assert average_precision([Frame([car(0)], [far])], "Car", metric, EASY)[0] == 0  # type: ignore[arg-type]
+        assert average_precision([Frame([car(0)], [near])], "Car", metric, EASY)[0] == 1
+        assert average_precision([Frame([car(0)], [far])], "Car", metric, EASY)[0] == 0
         people = Frame([car(0, type="Pedestrian")], [replace(far, type="Pedestrian")])
-        assert average_precision([people], "Pedestrian", metric, EASY)[0] == 1  # type: ignore[arg-type]
+        assert average_precision([people], "Pedestrian", metric, EASY)[0] == 1
 
 
 def test_the_table_names_every_score() -> None:

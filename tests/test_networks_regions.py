@@ -178,7 +178,7 @@ def test_one_more_mesh_takes_no_query_from_another() -> None:
         for some in (objects[:1], objects)
     )
     with torch.no_grad():
-        alone, both = (network(image, K, tokens, top_k=12) for tokens in (one, two))  # type: ignore[operator]
+        alone, both = (network(image, K, tokens, top_k=12) for tokens in (one, two))
     ranked = both.labels[0] == 0
     count = int(ranked.sum())
     assert count > 0

@@ -149,7 +149,7 @@ def test_numbers_of_numpy_and_pytorch_are_numbers(shared: SMOPE) -> None:
             assert len(shared.predict(noise(0), threshold=lowest, top_k=most)) <= 3
     for options in ({"top_k": True}, {"threshold": True}, {"threshold": "0.5"}, {"top_k": None}):
         with pytest.raises(ValueError, match="a whole number expected"):
-            shared.predict(noise(0), **options)  # type: ignore[arg-type]
+            shared.predict(noise(0), **options)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_truth_of_a_batch_by_hand() -> None:
 )
 def test_five_steps_find_boxes_better(objects: list[ObjectModel], variant: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    network = SmopePaper(replace(TINY, **variant))  # type: ignore[arg-type]
+    network = SmopePaper(replace(TINY, **variant))
     objective = PaperObjective(objects, samples=100)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 5e-4)

@@ -194,7 +194,7 @@ def test_scale_reaches_poses_and_survives_the_file(tmp_path: object) -> None:
     assert network.pose_head.log_scale is not None
     torch.nn.init.normal_(network.pose_head.log_scale.layers[-1].weight, std=0.2)
     rows = tuple(tuple(row) for row in CLOSE.tolist())
-    config = ModelConfig("smope-s", tiny, ("slab",), (96, 64), rows, (1.0, 3.0))  # type: ignore[arg-type]
+    config = ModelConfig("smope-s", tiny, ("slab",), (96, 64), rows, (1.0, 3.0))
     model = SMOPE(network, config, {"slab": replace(slab, trained=True)})
     image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
     found = model.predict(image, K=CLOSE, threshold=0.0, top_k=4)

@@ -347,7 +347,7 @@ def test_every_fused_function_is_one_graph_with_the_same_pictures(monkeypatch: p
 class OnCuda(Tensor):
     """Says that it is on CUDA."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 def test_what_does_not_compile_runs_eagerly_and_says_so_once(

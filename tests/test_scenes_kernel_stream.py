@@ -53,7 +53,7 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def open_stream(assets: SceneAssets, workers: int = 0, rasteriser: str = "cuda") -> SceneStream:
     return SceneStream(
         (), assets=assets, config=SMALL, seed=4, batch_size=5, workers=workers, rasteriser=rasteriser
-    )  # type: ignore[arg-type]
+    )
 
 
 def test_two_workers_give_what_none_give(on_host: None, assets: SceneAssets) -> None:
@@ -64,7 +64,7 @@ def test_two_workers_give_what_none_give(on_host: None, assets: SceneAssets) -> 
             for field in fields(batch):
                 given, expected = getattr(batch, field.name), getattr(here, field.name)
                 torch.testing.assert_close(given, expected, rtol=0, atol=0, msg=field.name)
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     deadline = time.monotonic() + 5
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -135,7 +135,7 @@ def test_two_workers_give_what_none_give(stream: SceneStream, assets: SceneAsset
             for field in fields(batch):
                 given, expected = getattr(batch, field.name), getattr(here, field.name)
                 torch.testing.assert_close(given, expected, rtol=0, atol=0, msg=field.name)
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     deadline = time.monotonic() + 5
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)

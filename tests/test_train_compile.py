@@ -54,7 +54,9 @@ def trained(layers: nn.ModuleList, batch: int) -> list[Tensor]:
 
 def test_encoder_layers_share_one_graph_with_our_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a GPU: on a CPU the operator is for float32 alone. (The function of this name hides its module.)
-    takes = lambda *_: True  # noqa: E731
+    def takes(*_: object) -> bool:
+        return True
+
     takes._dynamo_marked_constant = True  # type: ignore[attr-defined]
     monkeypatch.setattr(sys.modules["smope.ops.ms_deform_attn"], "_takes_kernel", takes)
     torch.manual_seed(0)
@@ -87,7 +89,10 @@ def test_depthwise_convolution_without_gradients_sums_shifts(monkeypatch: pytest
     x = torch.randn(2, 6, 8, 10)
     plain = layer(x).detach()
     assert not layer._sums_shifts(x)
-    takes = lambda self, x: self.small and not torch.is_grad_enabled()  # noqa: E731  # as on a GPU
+
+    def takes(self: ConvNorm, x: torch.Tensor) -> bool:  # as on a GPU
+        return self.small and not torch.is_grad_enabled()
+
     monkeypatch.setattr(ConvNorm, "_sums_shifts", takes)
     called: list[bool] = []
 

@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from smope.data.items import Batch
 from smope.scenes import SceneAssets, SceneConfig
-from smope.train.recipe import RunConfig
-from smope.train.sources import scene_source
+from smope.tools.renders import held_out_renders
 
 if TYPE_CHECKING:
     from smope.model import SMOPE
@@ -30,7 +28,6 @@ log = logging.getLogger(__name__)
 FOCAL_SCALES = (0.7, 1.0, 1.4)
 DISTANCE = (0.35, 1.6)  # metres: where LM-O's camera stands; training may look from further away
 MIN_VISIBILITY = 0.3  # through every one of the lenses
-_BATCH = 4  # images rendered and predicted together
 _RESAMPLES = 1000  # of the scenes, for the interval of a ratio
 
 FloatArray = NDArray[np.float64]
@@ -123,13 +120,8 @@ def _renders(
         table_probability=1.0,
         repeat_probability=0.0,  # which detection is meant for which instance is a question of its own
     )
-    stored = {mesh.name: mesh for mesh in assets.targets}
-    ordered = replace(assets, targets=tuple(stored[name] for name in model.objects))
-    run = RunConfig(batch_size=min(_BATCH, scenes), eval_images=scenes, workers=0)
     log.info("rendering %d scenes at %g of the focal length", scenes, scale)
-    return scene_source(
-        list(model.objects.values()), ordered, lens, run, torch.device("cpu"), rank=0
-    ).held_out
+    return held_out_renders(model, assets, scenes, lens)
 
 
 def _compare(model: SMOPE, batch: Batch, row: int, poses: Poses) -> Iterator[tuple[str, Seen]]:

@@ -14,12 +14,10 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from smope import hub
@@ -28,8 +26,7 @@ from smope.geometry.boxes import paired_iou
 from smope.model import SMOPE
 from smope.scenes import SceneAssets, SceneConfig
 from smope.tools.measure_parts import add_to_scores
-from smope.train.recipe import RunConfig
-from smope.train.sources import scene_source
+from smope.tools.renders import held_out_renders
 
 if TYPE_CHECKING:
     from smope.poses import Poses
@@ -84,15 +81,9 @@ def measure(
     model: SMOPE, assets: SceneAssets, scenes: int, config: SceneConfig | None = None
 ) -> dict[str, Any]:
     """The table on `scenes` renders that no training saw."""
-    stored = {mesh.name: mesh for mesh in assets.targets}
     names = list(model.objects)
-    assets = replace(assets, targets=tuple(stored[name] for name in names))
-    run = RunConfig(batch_size=min(4, scenes), eval_images=scenes, workers=0)
-    renders = scene_source(
-        list(model.objects.values()), assets, config or SceneConfig(), run, torch.device("cpu"), rank=0
-    ).held_out
     every = []
-    for batch in renders:
+    for batch in held_out_renders(model, assets, scenes, config):
         images = [image.float().cpu() for image in batch.images]
         found = model.predict(images, K=list(batch.K), threshold=THRESHOLDS[0], top_k=100)
         every += [hits(poses, names, batch, row) for row, poses in enumerate(found)]
