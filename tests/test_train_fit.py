@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from smope.train.loop import opened
 from smope.train.recipe import DataConfig, Recipe, RunConfig
 from smope.train.sources import padded, record_source
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("few_textures")
 
 RUN = RunConfig(
@@ -155,6 +157,36 @@ def test_fit_leaves_a_model_that_predicts_and_all_its_records(fitted: Path) -> N
     with Image.open(fitted / "first_batch.jpg") as sheet:
         assert sheet.size == (320, 128)
     assert list((fitted / "tensorboard").glob("events*"))
+
+
+def test_a_small_checkpoint_and_the_recipe_give_the_model_of_the_run(
+    meshes: dict[str, trimesh.Trimesh], fitted: Path, tmp_path: Path
+) -> None:
+    """tools/model_of_run.py; the run's own model is the oracle, to the bit."""
+    for name, mesh in meshes.items():
+        mesh.export(tmp_path / f"{name}.ply")
+    lines = [
+        '[data]\nunits = "m"',
+        "[data.meshes]",
+        *(f'{name} = "{tmp_path / name}.ply"' for name in meshes),
+        "[network]",
+        *(f"{key} = {json.dumps(value)}" for key, value in NETWORK.items()),
+        "[scenes]",
+        *(f"{key} = {getattr(SCENES, key)}" for key in ("width", "height", "fx", "fy", "cx", "cy")),
+    ]
+    recipe = tmp_path / "parts.toml"
+    recipe.write_text("\n".join(lines))
+    model_of_run = runpy.run_path(str(ROOT / "tools" / "model_of_run.py"))["model_of_run"]
+    made, own = model_of_run(recipe, fitted), SMOPE.from_pretrained(fitted / "model")
+    assert made.config.network == own.config.network
+    assert (made.config.objects, made.config.image_size, made.config.K) == (
+        own.config.objects,
+        own.config.image_size,
+        own.config.K,
+    )
+    weights, expected = made.network.state_dict(), own.network.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
 def test_a_longer_run_resumes_and_a_small_checkpoint_starts_another(

@@ -316,29 +316,44 @@ def _show(batch: Batch, objects: Sequence[ObjectModel], out: Path) -> None:
     log.info("the first batch is drawn in %s: look at it before you wait", out / FIRST_BATCH)
 
 
+def trained_model(
+    network: Network,
+    objects: Sequence[ObjectModel],
+    image_size: tuple[int, int],
+    K: Tensor,
+    device: torch.device | None = None,
+) -> SMOPE:
+    """A model of a training's network, its weights rounded to the float16 of the file that it is saved in.
+
+    `image_size` (width, height) and `K` [3, 3] are of the camera that it was trained for. The meshes are
+    encoded with the rounded weights, so that what was saved gives what this model gives.
+    """
+    diameters = [model.diameter for model in objects]
+    rows = K.double().tolist()
+    config = ModelConfig(
+        architecture=architecture_of(network.config),
+        network=network.config,
+        objects=tuple(model.name for model in objects),
+        image_size=image_size,
+        K=(tuple(rows[0]), tuple(rows[1]), tuple(rows[2])),
+        diameters=(min(diameters), max(diameters)),
+    )
+    trained = {model.name: replace(model, trained=True) for model in objects}
+    halved = build_network(network.config)
+    halved.load_state_dict(
+        {k: v.half().float() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    )
+    return SMOPE(halved.to(device), config, trained)
+
+
 def _save_model(
     folder: Path, loop: Loop, objects: Sequence[ObjectModel], source: Source, result: LoopResult
 ) -> None:
     """Write the averaged weights as a model, read that back, and score what was read."""
     averaged = loop.ema.model
     assert isinstance(averaged, Network)
-    diameters = [model.diameter for model in objects]
-    K = source.K.double().tolist()
-    config = ModelConfig(
-        architecture=architecture_of(averaged.config),
-        network=averaged.config,
-        objects=tuple(model.name for model in objects),
-        image_size=source.image_size,
-        K=(tuple(K[0]), tuple(K[1]), tuple(K[2])),
-        diameters=(min(diameters), max(diameters)),
-    )
-    trained = {model.name: replace(model, trained=True) for model in objects}
-    # Tokens of the weights as the file holds them: halved before the meshes are encoded.
-    halved = build_network(averaged.config)
-    halved.load_state_dict(
-        {k: v.half().float() if v.is_floating_point() else v for k, v in averaged.state_dict().items()}
-    )
-    SMOPE(halved.to(loop.ranks.device), config, trained).save_pretrained(folder, dtype=torch.float16)
+    model = trained_model(averaged, objects, source.image_size, source.K, loop.ranks.device)
+    model.save_pretrained(folder, dtype=torch.float16)
     stored = SMOPE.from_pretrained(folder, device=loop.ranks.device)
     with torch.no_grad():
         scores = loop.task.evaluate(stored.network)
