@@ -207,6 +207,25 @@ def test_a_floor_that_passes_under_the_camera_does_not_smear(
         assert np.abs(got[name][alike].astype(int) - want[name][alike]).max() <= 1
 
 
+@pytest.mark.parametrize("waves", [60.0, 250.0])
+def test_marks_are_patches_on_a_surface_that_else_stays_as_it_is(
+    kernel: CudaRasteriser, opengl: Rasteriser, waves: float
+) -> None:
+    plainly = plain(2, (0, 0, 0.4), 1)
+    scenes = [still([replace(plainly, marks=(strength, waves))]) for strength in (0.0, 0.7, -0.7)]
+    got, want = by_kernel(kernel, scenes), by_opengl(opengl, scenes)
+    same, dark, light = got["albedo"][..., :3].astype(int)
+    seen = got["albedo"][0, ..., 3] > 0
+    assert (dark <= same).all()
+    assert (light[seen] >= same[seen]).all()
+    for other, end in ((dark, 0), (light, 255)):
+        changed = (np.abs(other - same) > 3).any(axis=-1)[seen]
+        assert 0.03 < changed.mean() < 0.4
+        wholly = same[seen] + 0.7 * (end - same[seen])  # in the middle of a mark
+        assert (np.abs(other[seen] - wholly) < 2).all(axis=-1).any()
+    assert np.abs(got["albedo"].astype(int) - want["albedo"])[:, seen].max() <= 2
+
+
 def test_what_is_behind_the_camera_or_beyond_far_is_not_drawn(kernel: CudaRasteriser) -> None:
     got = by_kernel(kernel, [still([plain(2, (0, 0, -0.5), 1), plain(2, (0, 0, 12.5), 2)])])
     assert not got["albedo"].any()

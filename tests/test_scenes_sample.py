@@ -117,6 +117,17 @@ def test_known_objects_turn_in_hue_and_change_in_contrast_as_far_as_asked() -> N
     assert high - low == pytest.approx(0.8 * np.log(16), abs=0.15)
 
 
+def test_as_many_known_objects_are_marked_as_asked_and_no_clutter() -> None:
+    def marked(share: float, known: bool) -> float:
+        rng, config = np.random.default_rng(8), replace(SceneConfig(), mark_probability=share)
+        paints = [draw_colour(rng, known, np.full(3, 0.5), config) for _ in range(400)]
+        return float(np.mean([paint.marks[0] != 0 for paint in paints]))
+
+    assert marked(0.0, True) == marked(1.0, False) == 0
+    assert marked(1.0, True) == 1
+    assert marked(0.3, True) == pytest.approx(0.3, abs=0.08)
+
+
 def test_as_many_objects_are_glossy_as_asked() -> None:
     def materials(share: float) -> np.ndarray:
         rng, config = np.random.default_rng(7), replace(SceneConfig(), gloss_probability=share)

@@ -14,7 +14,7 @@
 namespace smope_scenes {
 
 constexpr int kDrawWords = 32;   // float32 words of a draw; their order is in smope/scenes/raster_table.py
-constexpr int kToCamera = 0, kColour = 12, kGamma = 24, kGrain = 25, kMaterial = 28, kMesh = 29;
+constexpr int kToCamera = 0, kColour = 12, kGamma = 24, kGrain = 25, kMaterial = 28, kMesh = 29, kMarks = 30;
 constexpr int kMaps = 2;         // light views of an image
 constexpr int kViews = kMaps + 2;  // the picture, the light views, the silhouette tile
 constexpr int kTileView = kMaps + 1;
@@ -203,19 +203,27 @@ __host__ __device__ inline int load_triangle(const Batch& batch, int draw_number
     return image;
 }
 
-// sRGB of a vertex: its scanned colour, mapped, with grain.
+// Three waves over the surface at a vertex, and into one: of mean 0, within -2..2.
+__host__ __device__ inline float waves_at(const float* p, float waves, float phase) {
+    const float turned[3] = {p[1], p[2], p[0]}, other[3] = {p[2], p[0], p[1]};
+    float wave[3];
+    for (int i = 0; i < 3; ++i) wave[i] = sinf(turned[i] * waves + phase + 2.f * sinf(other[i] * waves * 0.37f));
+    return wave[0] + wave[1] * wave[2];
+}
+
+// sRGB of a vertex: its scanned colour, mapped, with grain and with marks, which are dark or, of negative
+// strength, light.
 __host__ __device__ inline void albedo_of(const Batch& batch, const float* draw, int64_t vertex, float (&out)[3]) {
     const float* p = batch.fine.position + 3 * vertex;
     const uint8_t* colour = batch.colour + 4 * vertex;
     const float r = colour[0] / 255.f, g = colour[1] / 255.f, b = colour[2] / 255.f;
-    const float amplitude = draw[kGrain], waves = draw[kGrain + 1], phase = draw[kGrain + 2];
-    const float turned[3] = {p[1], p[2], p[0]}, other[3] = {p[2], p[0], p[1]};
-    float wave[3];
-    for (int i = 0; i < 3; ++i) wave[i] = sinf(turned[i] * waves + phase + 2.f * sinf(other[i] * waves * 0.37f));
-    const float grain = 1.f + amplitude * (wave[0] + wave[1] * wave[2]);
+    const float phase = draw[kGrain + 2], strength = draw[kMarks];
+    const float grain = 1.f + draw[kGrain] * waves_at(p, draw[kGrain + 1], phase);
+    const float mark = fminf(fmaxf((waves_at(p, draw[kMarks + 1], -phase) - 0.8f) * 3.f, 0.f), 1.f);
     for (int i = 0; i < 3; ++i) {
         const float mapped = fminf(fmaxf(dot4(draw + kColour + 4 * i, r, g, b, 1.f), 0.f), 1.f);
-        out[i] = powf(mapped, draw[kGamma]) * grain;
+        const float plain = powf(mapped, draw[kGamma]) * grain;
+        out[i] = plain + mark * fabsf(strength) * ((strength < 0.f ? 1.f : 0.f) - plain);
     }
 }
 

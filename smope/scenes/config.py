@@ -79,6 +79,8 @@ class SceneConfig:
     # is the scanner's light and not on the things: the colour circle turns, print fades and deepens.
     known_hue: float = 9.0  # standard deviation of the turn, degrees
     known_contrast: Range = (0.5, 1.9)  # of what is printed, even in its logarithm
+    # Of each object: patches that its scan lacks, as holes, hollows, print, stickers and dirt make them.
+    mark_probability: float = 0.0
     gloss_probability: float = 0.2  # of each object: glazed or of polished plastic, with sharp highlights
 
     exposure: Range = (0.18, 0.48)  # mean of the sRGB image that the exposure aims at

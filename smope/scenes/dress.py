@@ -24,9 +24,10 @@ class Paint:
     matrix: NDArray[np.float32]  # [3, 4] affine map of the sRGB colour
     gamma: float
     grain: tuple[float, float, float]  # amplitude, waves a metre, phase of a low-frequency albedo noise
+    marks: tuple[float, float] = (0.0, 0.0)  # strength (dark; light where negative), waves a metre
 
     def of(self, colour: Floats) -> Floats:
-        """The sRGB colour [3] in 0..1 that `colour` comes to, grain aside."""
+        """The sRGB colour [3] in 0..1 that `colour` comes to, grain and marks aside."""
         return (self.matrix[:, :3] @ colour + self.matrix[:, 3]).clip(0, 1) ** self.gamma
 
 
@@ -74,7 +75,15 @@ def draw_colour(
         float(np.exp(rng.uniform(np.log(15), np.log(150)))),
         float(rng.uniform(0, 6)),
     )
-    return Paint(np.column_stack([matrix, offset]).astype(np.float32), gamma, grain)
+    marked = known and config.mark_probability > 0 and rng.random() < config.mark_probability
+    marks = _marks(rng) if marked else (0.0, 0.0)
+    return Paint(np.column_stack([matrix, offset]).astype(np.float32), gamma, grain, marks)
+
+
+def _marks(rng: np.random.Generator) -> tuple[float, float]:
+    """Patches over about a seventh of the surface, some millimetres to centimetres wide, more often dark."""
+    strength = rng.uniform(0.2, 0.9) * (1.0 if rng.random() < 0.7 else -1.0)
+    return float(strength), float(np.exp(rng.uniform(np.log(40), np.log(300))))
 
 
 def _hue_saturation(degrees: float, saturation: float) -> Floats:

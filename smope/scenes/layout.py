@@ -78,6 +78,7 @@ class Draw:
     colour: NDArray[np.float32]  # [3, 4] affine map of the sRGB colour
     gamma: float
     grain: tuple[float, float, float]  # amplitude, waves a metre, phase of a low-frequency albedo noise
+    marks: tuple[float, float] = (0.0, 0.0)  # strength (dark; light where negative), waves a metre
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from smope.scenes.layout import Scene
 # Words of a draw, all float32; smope/_ext/raster.h reads them.
 DRAW_WORDS = 32
 _TO_CAMERA, _COLOUR = slice(0, 12), slice(12, 24)  # [3, 4] each
-_REST = slice(24, 30)  # gamma, grain (3), material id, mesh
+_REST = slice(24, 32)  # gamma, grain (3), material id, mesh, marks (2)
 
 
 def table_shape(config: SceneConfig) -> tuple[int, int]:
@@ -31,5 +31,5 @@ def pack_draws(scene: Scene, out: NDArray[np.float32]) -> None:
         raise ValueError(f"a scene of {count} draws, where SceneConfig.materials allows {len(out)}; raise it")
     out[:count, _TO_CAMERA] = np.stack([draw.T_CM for draw in scene.draws]).reshape(count, 12)
     out[:count, _COLOUR] = np.stack([draw.colour for draw in scene.draws]).reshape(count, 12)
-    rest: list[tuple[Any, ...]] = [(d.gamma, *d.grain, d.material, d.mesh) for d in scene.draws]
+    rest: list[tuple[Any, ...]] = [(d.gamma, *d.grain, d.material, d.mesh, *d.marks) for d in scene.draws]
     out[:count, _REST] = rest

@@ -21,21 +21,26 @@ _VERTEX = """
 #version 330
 uniform mat4 projection;   // camera point to clip
 uniform vec4 draw[8];      // 0-2: model to camera; 3: id / 255, grain amplitude, waves a metre, phase;
-                           // 4-6: affine colour map; 7: gamma
+                           // 4-6: affine colour map; 7: gamma, strength of marks, their waves a metre
 in vec3 position;
 in vec3 normal;
 in vec3 color;
 out vec3 albedo;
 out vec3 direction;
 out float depth;
+float waves_at(float waves, float phase) {
+    vec3 wave = sin(position.yzx * waves + phase + 2.0 * sin(position.zxy * waves * 0.37));
+    return wave.x + wave.y * wave.z;
+}
 void main() {
     vec4 p = vec4(position, 1.0);
     vec3 c = vec3(dot(draw[0], p), dot(draw[1], p), dot(draw[2], p));
     direction = vec3(dot(draw[0].xyz, normal), dot(draw[1].xyz, normal), dot(draw[2].xyz, normal));
     vec4 rgb = vec4(color, 1.0);
     vec3 mapped = clamp(vec3(dot(draw[4], rgb), dot(draw[5], rgb), dot(draw[6], rgb)), 0.0, 1.0);
-    vec3 wave = sin(position.yzx * draw[3].z + draw[3].w + 2.0 * sin(position.zxy * draw[3].z * 0.37));
-    albedo = pow(mapped, vec3(draw[7].x)) * (1.0 + draw[3].y * (wave.x + wave.y * wave.z));
+    vec3 plain = pow(mapped, vec3(draw[7].x)) * (1.0 + draw[3].y * waves_at(draw[3].z, draw[3].w));
+    float mark = clamp((waves_at(draw[7].z, -draw[3].w) - 0.8) * 3.0, 0.0, 1.0);
+    albedo = mix(plain, vec3(draw[7].y < 0.0 ? 1.0 : 0.0), mark * abs(draw[7].y));
     depth = c.z;
     gl_Position = projection * vec4(c, 1.0);
 }
@@ -251,7 +256,7 @@ def _uniform(draw: Draw) -> NDArray[np.float32]:
     rows[:3] = draw.T_CM
     rows[3] = (draw.material / 255.0, *draw.grain)
     rows[4:7] = draw.colour
-    rows[7, 0] = draw.gamma
+    rows[7, :3] = (draw.gamma, *draw.marks)
     return rows
 
 

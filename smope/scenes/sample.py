@@ -358,7 +358,7 @@ class SceneSampler:
                 other += 1
                 material = other
             T_CM = np.column_stack([R, t])
-            draws.append(Draw(item.mesh, T_CM, material, paint.matrix, paint.gamma, paint.grain))
+            draws.append(Draw(item.mesh, T_CM, material, paint.matrix, paint.gamma, paint.grain, paint.marks))
         up = R_CW[:, 2]
         fields["table"] = np.array(float(table))
         fields["plane"] = np.array([*up, up @ t_CW])
