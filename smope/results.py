@@ -15,7 +15,9 @@ from torch import Tensor
 from smope.architectures import Network, Tokens, find
 from smope.camera import Camera
 from smope.geometry.boxes import cxcywh_to_xyxy
+from smope.networks.outputs import take
 from smope.networks.pose_head import unit_to_pixels
+from smope.networks.rivals import best_first
 from smope.objects import ObjectModel
 from smope.poses import Poses
 
@@ -49,7 +51,8 @@ def find_table(
         found.pairs.log_sigma,
         torch.ones_like(pose.translation) if pose.scale is None else pose.scale,
     ]
-    return torch.cat([column.float() for column in columns], -1)
+    table = torch.cat([column.float() for column in columns], -1)
+    return table if found.pairs.score_shift is None else take(table, best_first(found.scores))
 
 
 def read_table(

@@ -72,6 +72,7 @@ TINY_S = {
     "refine_layers": 1,
     "rebuilt_points": 32,
     "denoising_groups": 1,
+    "rescore": True,
 }
 TINY_PAPER = {
     "width": 64,

@@ -34,6 +34,7 @@ from smope.model import SMOPE
 from smope.network_inputs import mesh_inputs, pad_to_multiple
 from smope.networks.outputs import take
 from smope.networks.pose_head import unit_to_pixels
+from smope.networks.rivals import shifted_scores
 from smope.networks.smope_s import SmopeS
 
 Array = NDArray[np.float64]
@@ -80,10 +81,13 @@ def look(model: SMOPE, record: Record, truths: Sequence[Annotation]) -> dict[str
     K = torch.from_numpy(record.K).float()[None]
     boxes = take(found.boxes[-1], query)
     pairs, direct = network.direct_poses(take(found.queries[-1], query), boxes, label, meshes, K, size)
-    poses, _ = network.refine_poses(pairs, direct, boxes, label, meshes, K, size, features)
+    poses, _ = network.refine_poses(pairs, direct.poses[0], boxes, label, meshes, K, size, features)
+    scores = chances[0, query[0], label[0]]
+    if poses.score_shift is not None:
+        scores = shifted_scores(scores, poses.score_shift[0])
     return {
         "label": label[0].numpy(),
-        "score": chances[0, query[0], label[0]].numpy(),
+        "score": scores.numpy(),
         "box": corners[query[0]].numpy(),
         "sigma": poses.log_sigma[0].clamp(-6, 3).exp().numpy(),  # radians, diameters
         "rotation": np.stack([p.rotation[0].double().numpy() for p in poses.poses]),  # [L, P, 3, 3]

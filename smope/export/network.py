@@ -11,7 +11,9 @@ from smope.geometry.stretch import size_factor
 from smope.model import SMOPE
 from smope.network_inputs import pad_to_multiple
 from smope.networks.mesh_encoder import MeshTokens
+from smope.networks.outputs import take
 from smope.networks.pose_head import unit_to_pixels
+from smope.networks.rivals import best_first
 from smope.networks.smope_s import SmopeS
 
 MESH_INPUTS = (*(field.name for field in fields(MeshTokens)), "centres")
@@ -57,7 +59,11 @@ class PlainNetwork(nn.Module):
         sizes = tokens.diameters[found.labels] * size_factor(scale)
         sigma = torch.stack([torch.rad2deg(expected[..., 0]), expected[..., 1] * sizes], -1)
         visibility = found.pairs.visibility_logit.sigmoid()
-        return found.scores, found.labels, torch.cat(corners, -1), T_CO, visibility, sigma, scale
+        outputs = (found.scores, found.labels, torch.cat(corners, -1), T_CO, visibility, sigma, scale)
+        if found.pairs.score_shift is None:
+            return outputs
+        order = best_first(found.scores)
+        return tuple(take(output, order) for output in outputs)
 
 
 def mesh_tensors(model: SMOPE) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from smope.networks.mesh_decoder import RebuiltMeshes
 from smope.networks.mesh_encoder import MeshTokens
 from smope.networks.position import Shapes
+from smope.networks.rivals import Rivals
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +54,20 @@ class PoseEstimate:
     anchors_uv: Tensor | None = None  # [B, P, A, 2] where the anchors stood, pixels
     scale: Tensor | None = None  # [B, P, 3] along the mesh's own axes; None where it is not predicted
 
-    def rows(self, rows: slice, first: int) -> PoseEstimate:
-        """Of those images the first pairs"""
+    def pairs(self, images: slice, pairs: slice) -> PoseEstimate:
+        """Those pairs of those images"""
+        values: dict[str, Tensor | None] = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {name: value[images, pairs] for name, value in values.items() if value is not None}
+        return PoseEstimate(**own)
+
+    def joined(self, other: PoseEstimate) -> PoseEstimate:
+        """A direct estimate with the pairs of another behind its own"""
+        mine, its = self.scale, other.scale
         return PoseEstimate(
-            self.rotation[rows, :first],
-            self.translation[rows, :first],
-            self.centre[rows, :first],
-            scale=None if self.scale is None else self.scale[rows, :first],
+            torch.cat([self.rotation, other.rotation], 1),
+            torch.cat([self.translation, other.translation], 1),
+            torch.cat([self.centre, other.centre], 1),
+            scale=None if mine is None or its is None else torch.cat([mine, its], 1),
         )
 
     def detach(self) -> PoseEstimate:
@@ -79,11 +87,13 @@ class PairOutputs:
     poses: tuple[PoseEstimate, ...]
     visibility_logit: Tensor  # [B, P]
     log_sigma: Tensor  # [B, P, 2] log expected error: rotation in radians, translation over the diameter
+    score_shift: Tensor | None = None  # [B, P] <= 0: what a closer look adds to the logit of the score
 
-    def rows(self, rows: slice, first: int) -> PairOutputs:
-        """Of those images of a batch of direct estimates the first pairs"""
-        poses = tuple(pose.rows(rows, first) for pose in self.poses)
-        return PairOutputs(poses, self.visibility_logit[rows, :first], self.log_sigma[rows, :first])
+    def pairs(self, images: slice, pairs: slice) -> PairOutputs:
+        """Those pairs of those images"""
+        poses = tuple(pose.pairs(images, pairs) for pose in self.poses)
+        shift = None if self.score_shift is None else self.score_shift[images, pairs]
+        return PairOutputs(poses, self.visibility_logit[images, pairs], self.log_sigma[images, pairs], shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +120,7 @@ class TrainingOutputs:
     regions: Regions  # [B, R]
     pair_slots: Tensor  # [B, P] object slot of each pair
     pair_valid: Tensor  # [B, P] bool
+    rivals: Rivals | None = None  # where scores are shifted
     coordinates: Tensor | None = None  # [B, 4, h, w] object coordinates and visibility logit at stride 8
 
 

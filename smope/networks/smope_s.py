@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smope.geometry.stretch import size_factor, stretched_anchors
@@ -27,6 +28,7 @@ from smope.networks.outputs import (
     Detections,
     Features,
     PairOutputs,
+    PoseEstimate,
     Regions,
     TrainingOutputs,
     take,
@@ -36,6 +38,7 @@ from smope.networks.pose_head import ImageSize, PoseHead, resized
 from smope.networks.position import Shapes, cell_centres, pyramid_positions, sine_embedding
 from smope.networks.refine import PoseMaps, PoseRefiner
 from smope.networks.regions import RegionReader
+from smope.networks.rivals import Rivals, choose_rivals, shifted_scores
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class SmopeSConfig:
     refine_steps: int = 3  # past the layers, the last one again
     rebuilt_points: int = 512
     denoising_groups: int = 3
+    rescore: bool = False  # lower the scores of what looks wrong from close by
     predict_scale: bool = False  # also three factors on the registered mesh, where instances differ in size
 
 
@@ -71,9 +75,9 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The best pairs of query and mesh of each image, best first."""
+    """The best pairs of query and mesh of each image, best first by the detector alone."""
 
-    scores: Tensor  # [B, P] 0..1
+    scores: Tensor  # [B, P] 0..1, after a closer look where the network takes one
     labels: Tensor  # [B, P]
     boxes: Tensor  # [B, P, 4] cxcywh in 0..1
     pairs: PairOutputs
@@ -120,6 +124,7 @@ class SmopeS(nn.Module):
         self.refiners = nn.ModuleList(
             PoseRefiner(c.width, self.pose_maps.channels) for _ in range(c.refine_layers)
         )
+        self.rescorer = MLP(c.width, c.width // 2, 1, 2) if c.rescore else None
         self.coordinates = nn.Conv2d(
             c.width, 4, 1
         )  # a target in training only: where on its mesh each cell looks
@@ -148,13 +153,22 @@ class SmopeS(nn.Module):
         boxes = take(boxes, query)
         size = (images.shape[-1], images.shape[-2])
         pairs, direct = self.direct_poses(take(queries, query), boxes, labels, meshes, K, size)
-        found, _ = self.refine_poses(pairs, direct, boxes, labels, meshes, K, size, features)
+        found, _ = self.refine_poses(pairs, direct.poses[0], boxes, labels, meshes, K, size, features)
+        if found.score_shift is not None:
+            scores = shifted_scores(scores.float(), found.score_shift)
         return Found(scores, labels, boxes, found)
 
     def forward_training(
-        self, images: Tensor, K: Tensor, inputs: MeshInputs, targets: Targets, matcher: Matcher
+        self,
+        images: Tensor,
+        K: Tensor,
+        inputs: MeshInputs,
+        targets: Targets,
+        matcher: Matcher,
+        rivals: int = 0,
     ) -> TrainingOutputs:
-        """The same way with the truth at hand: denoising queries, and poses of the matched queries only."""
+        """The same way with the truth at hand: denoising queries, and poses of the matched queries only; with
+        `rescore` also of so many `rivals`, for their scores."""
         meshes = self.mesh_encoder(inputs)
         features = self.encode_image(images)
         detections = self.detect(features, meshes, targets)
@@ -175,17 +189,22 @@ class SmopeS(nn.Module):
             queries, boxes, known.repeat(layers, 1), meshes, K.repeat(layers, 1, 1), size
         )
         # Of the last layer, and of the denoising groups the first alone: reading regions is most of the cost.
-        last, kept = slice((layers - 1) * batch, None), slots * (1 + min(groups, 1))
-        refined, regions = self.refine_poses(
-            pairs[last, :kept],
-            direct.rows(last, kept),
-            boxes[last, :kept],
-            known[:, :kept],
-            meshes,
-            K,
-            size,
-            features,
-        )
+        last, kept = slice((layers - 1) * batch, None), slice(slots * (1 + min(groups, 1)))
+        begun = (pairs[last, kept], direct.poses[0].pairs(last, kept), boxes[last, kept], known[:, kept])
+        chosen = None
+        if self.rescorer is not None and rivals:
+            chosen, more = self._rivals(detections, targets, rivals, meshes, K, size)
+            begun = (
+                torch.cat([begun[0], more[0]], 1),
+                begun[1].joined(more[1]),
+                torch.cat([begun[2], more[2]], 1),
+                torch.cat([begun[3], more[3]], 1),
+            )
+        refined, regions = self.refine_poses(*begun, meshes, K, size, features)
+        if chosen is not None and refined.score_shift is not None:
+            chosen = replace(chosen, score_shift=refined.score_shift[:, kept.stop :])
+            refined = refined.pairs(slice(None), kept)
+            regions = Regions(regions.pixels[:, kept], regions.surface[:, kept])
         return TrainingOutputs(
             detections=detections,
             meshes=meshes,
@@ -197,6 +216,7 @@ class SmopeS(nn.Module):
             regions=regions,
             pair_slots=pair_slots,
             pair_valid=labels >= 0,
+            rivals=chosen,
             coordinates=self.coordinates(features.level(0)),
         )
 
@@ -259,10 +279,29 @@ class SmopeS(nn.Module):
         pairs = self.mesh_attention(queries, labels, meshes)
         return pairs, self.pose_head(pairs, boxes, meshes.diameters[labels], K, size)
 
+    def _rivals(
+        self,
+        detections: Detections,
+        targets: Targets,
+        count: int,
+        meshes: MeshTokens,
+        K: Tensor,
+        size: ImageSize,
+    ) -> tuple[Rivals, tuple[Tensor, PoseEstimate, Tensor, Tensor]]:
+        """Chosen rivals, without their shifts yet, and what refinement begins with: pair features, poses,
+        boxes, labels."""
+        own = slice(detections.denoising, None)
+        logits, boxes = detections.logits[-1][:, own], detections.boxes[-1][:, own].detach()
+        query, label, logit = choose_rivals(logits, boxes, targets.labels, targets.boxes, count)
+        boxes = take(boxes, query)
+        queries = take(detections.queries[-1][:, own], query)
+        pairs, direct = self.direct_poses(queries, boxes, label, meshes, K, size)
+        return Rivals(query, label, logit, torch.zeros_like(logit)), (pairs, direct.poses[0], boxes, label)
+
     def refine_poses(
         self,
         pairs: Tensor,
-        direct: PairOutputs,
+        direct: PoseEstimate,
         boxes: Tensor,
         labels: Tensor,
         meshes: MeshTokens,
@@ -274,9 +313,9 @@ class SmopeS(nn.Module):
         uncertainty are said anew by what was seen."""
         maps = self.pose_maps(features)
         anchors, diameters = meshes.anchors[labels], meshes.diameters[labels]
-        looked, pairs, regions = self.region_reader(direct.poses[0], pairs, boxes, maps, diameters, K, size)
+        looked, pairs, regions = self.region_reader(direct, pairs, boxes, maps, diameters, K, size)
         visibility = self.pose_head.visibility(pairs)[..., 0]
-        poses = [direct.poses[0], looked]
+        poses = [direct, looked]
         start, scale = looked.detach(), self.pose_head.scale(pairs)
         if scale is not None:  # from here on the mesh is stretched as the region says
             start, fixed = resized(start, scale.detach()), scale.detach()
@@ -286,7 +325,10 @@ class SmopeS(nn.Module):
             pose, pairs = refiner(start, pairs, maps, anchors, diameters, K, size)
             poses.append(replace(pose, scale=scale))
             start = pose.detach()
-        return PairOutputs(tuple(poses), visibility, self.pose_head.log_sigma(pairs)), regions
+        shift = None
+        if self.rescorer is not None:
+            shift = -F.softplus(self.rescorer(pairs)[..., 0].float() - 4.0)  # at first hardly a shift
+        return PairOutputs(tuple(poses), visibility, self.pose_head.log_sigma(pairs), shift), regions
 
     def _cell_boxes(self, shapes: Shapes, index: Tensor) -> Tensor:
         """[B, Q, 4] the box each cell starts from: its centre, and a size that doubles with the level"""

@@ -31,6 +31,7 @@ from smope.train.losses import (
 )
 from smope.train.matcher import HungarianMatcher
 from smope.train.pose_targets import ObjectTable, PairTruth
+from smope.train.rescore import rescore_loss
 from smope.train.strangers import Strangers
 
 
@@ -59,6 +60,8 @@ class LossConfig:
     coordinates: float = 1.0
     colour_dropout: float = 0.2  # share of meshes shown to the network without their colours
     faint: float = 0.3  # poses of objects less visible than this count in proportion
+    rescore: float = 1.0  # what a closer look makes of scores, where the network takes one ...
+    rivals: int = 6  # ... and of how many wrong pairs of each image
     strangers: int = 0  # meshes registered beside the known ones at each step, which no image holds
 
     def weight(self, part: str) -> float:
@@ -113,13 +116,17 @@ class Objective:
         elif batch.scale is None:
             batch = replace(batch, scale=torch.ones_like(batch.T_CO[..., :3, 3]))
         views = self.mesh_views(network.config.surface_points, network.config.anchors)
-        outputs = network.forward_training(batch.images, batch.K, views, targets, self.matcher)
+        outputs = network.forward_training(
+            batch.images, batch.K, views, targets, self.matcher, self.config.rivals
+        )
         with torch.autocast(device.type, enabled=False):
             parts = {
                 **self.detection_losses(outputs, targets, ignored),
                 **self.pose_losses(outputs, batch),
                 **self.mesh_losses(outputs),
             }
+            if outputs.rivals is not None:
+                parts["rescore"] = rescore_loss(outputs, outputs.rivals, targets)
             if batch.instance is not None and batch.depth is not None and outputs.coordinates is not None:
                 parts["coordinates"] = self.coordinate_loss(outputs.coordinates.float(), batch)
         return parts

@@ -21,7 +21,7 @@ from smope.train.loop import CHECKPOINT, SMALL, Loop, LoopState
 
 log = logging.getLogger(__name__)
 
-_BLOCKS = "region_reader.blocks."
+_LATER = ("region_reader.blocks.", "rescorer.")  # what weights of an earlier form may lack
 
 
 def begin(
@@ -71,12 +71,12 @@ def _weights_of(init: str | Path, network: nn.Module) -> tuple[Mapping[str, Tens
 
 
 def _deepened(weights: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
-    """The weights of a shallower region reader too: its further blocks begin as nothing, so that the network
-    begins with the poses it had."""
+    """Weights of an earlier form too: further blocks of the region reader begin as nothing, and rescoring
+    nearly so, so that the network begins with the poses it had."""
     own = network.state_dict()
-    further = {key: own[key] for key in own.keys() - weights.keys() if key.startswith(_BLOCKS)}
+    further = {key: own[key] for key in own.keys() - weights.keys() if key.startswith(_LATER)}
     if further:
-        log.info("the weights have fewer blocks that read regions; added: %s", ", ".join(sorted(further)))
+        log.info("the weights lack parts that begin as nothing; added: %s", ", ".join(sorted(further)))
     return {**weights, **further}
 
 
