@@ -59,7 +59,7 @@ def recipe(few_textures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     mesh = tmp_path / "brick.ply"
     trimesh.creation.box((0.12, 0.07, 0.05)).subdivide().export(mesh)
     recipe = tmp_path / "tiny.toml"
-    network = "\n".join(f"{key} = {value}" for key, value in TINY_S.items())
+    network = "\n".join(f"{key} = {json.dumps(value)}" for key, value in TINY_S.items())
     recipe.write_text(RECIPE.format(mesh=mesh.as_posix(), network=network))
     return recipe
 

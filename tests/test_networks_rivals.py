@@ -12,6 +12,7 @@ from scipy.special import expit, logit
 from small_model import noise, small_model
 
 from smope import SMOPE
+from smope.config import ConfigError
 from smope.data.items import Batch
 from smope.export.network import PlainNetwork, mesh_tensors
 from smope.network_inputs import mesh_inputs
@@ -19,7 +20,9 @@ from smope.networks.rivals import Rivals, choose_rivals, shifted_scores
 from smope.networks.smope_s import SmopeS, Targets
 from smope.objects import ObjectModel
 from smope.results import find_table
+from smope.train.choice import make_objective, network_config
 from smope.train.objective import LossConfig, Objective
+from smope.train.recipe import Recipe
 from smope.train.rescore import rescore_loss
 
 K = torch.tensor([[[90.0, 0, 47.5], [0, 90.0, 31.5], [0, 0, 1]]])
@@ -152,9 +155,7 @@ def test_the_loss_is_varifocal_on_the_shifted_logits_by_hand() -> None:
         match=torch.tensor([[[1, -1]], [[0, -1]]]),
         refined=SimpleNamespace(score_shift=shift),
     )
-    rivals = Rivals(
-        torch.tensor([[0, 0]]), torch.tensor([[0, 0]]), torch.tensor([[1.2, -torch.inf]]), lowered
-    )
+    rivals = Rivals(torch.tensor([[1.2, -torch.inf]]), lowered)
     loss = rescore_loss(outputs, rivals, Targets(torch.tensor([[1, -1]]), truth))  # type: ignore[arg-type]
     right, wrong = expit(0.7 - 0.4), expit(1.2 - 0.2)
     expected = 0.5 * -(0.5 * np.log(right) + 0.5 * np.log(1 - right)) - 0.75 * wrong**2 * np.log(1 - wrong)
@@ -165,3 +166,10 @@ def test_the_loss_is_varifocal_on_the_shifted_logits_by_hand() -> None:
     assert shift.grad[0, 0] > 0  # sure of 0.57 where the box is worth 0.5
     assert lowered.grad[0, 0] > 0  # further down
     assert shift.grad[0, 1] == lowered.grad[0, 1] == 0
+
+
+def test_rescoring_without_rivals_is_refused() -> None:
+    plan = Recipe(network={"rescore": True}, loss={"rivals": 0})
+    objects = list(small_model().objects.values())
+    with pytest.raises(ConfigError, match="at least 1 expected"):
+        make_objective(plan, objects, network_config(plan))

@@ -12,6 +12,7 @@ from small_model import SIZE, K, small_model
 from smope.camera import Camera
 from smope.data.items import Batch
 from smope.poses import Poses
+from smope.tools.several import instances
 from smope.tools.threshold import THRESHOLDS, hits, table
 
 
@@ -55,6 +56,15 @@ def test_each_instance_is_found_once_and_what_hides_counts_neither_way() -> None
     assert np.allclose(scores, [0.9, 0.8, 0.7, 0.5])
     assert right.tolist() == [True, False, True, False]
     assert wanted == 2
+
+
+def test_instances_beside_others_of_their_kind_and_whether_they_are_found() -> None:
+    names, batch = ["ball", "brick"], replace(truth(), visibility=torch.tensor([[1.0, 0.5, 0.6]]))
+    first = [0.0, 0, 10, 10]
+    poses = detections(["ball", "ball", "brick"], [0.9, 0.8, 0.7], [first, first, [40, 0, 50, 10]])
+    assert instances(poses, names, batch, 0) == [(True, True), (True, False), (False, True)]
+    hidden = replace(batch, visibility=torch.tensor([[0.4, 1.0, 0.0]]))
+    assert instances(poses, names, hidden, 0) == [(True, False)]
 
 
 def test_table_by_hand() -> None:

@@ -22,8 +22,6 @@ _NEAR = 0.3  # IoU with an object of the name from which a pair is no rival: it 
 class Rivals:
     """The best-scored pairs of the last decoder layer whose mesh is not where their box is."""
 
-    query: Tensor  # [B, R]
-    label: Tensor  # [B, R]
     logit: Tensor  # [B, R] of the detector; -inf where an image has fewer
     score_shift: Tensor  # [B, R] <= 0
 

@@ -296,7 +296,7 @@ class SmopeS(nn.Module):
         boxes = take(boxes, query)
         queries = take(detections.queries[-1][:, own], query)
         pairs, direct = self.direct_poses(queries, boxes, label, meshes, K, size)
-        return Rivals(query, label, logit, torch.zeros_like(logit)), (pairs, direct.poses[0], boxes, label)
+        return Rivals(logit, torch.zeros_like(logit)), (pairs, direct.poses[0], boxes, label)
 
     def refine_poses(
         self,

@@ -37,29 +37,30 @@ MIN_IOU = 0.5
 Array = NDArray[Any]
 
 
-def hits(poses: Poses, names: Sequence[str], batch: Batch, row: int) -> tuple[Array, Array, int]:
-    """Scores [P] of the detections that count, whether each is a hit [P], and how many there were to find.
-
-    Best first, a detection takes the free instance of its name that it overlaps most, if by half at least.
-    """
-    present = batch.present[row].nonzero()[:, 0].tolist()
-    owner = [names[int(batch.labels[row, slot])] for slot in present]
-    seen = [float(batch.visibility[row, slot]) >= MIN_VISIBILITY for slot in present]
-    taken: set[int] = set()
-    scores, right = [], []
+def assigned(poses: Poses, names: Sequence[str], batch: Batch, row: int) -> list[tuple[int, int | None]]:
+    """Each detection, best first, and the slot that it takes: the free instance of its name that it overlaps
+    most, if by half at least."""
+    free = set(batch.present[row].nonzero()[:, 0].tolist())
+    pairs: list[tuple[int, int | None]] = []
     for index in poses.scores.argsort(descending=True).tolist():
-        box = poses.boxes_xyxy[index].expand(len(present), 4)
-        overlap = paired_iou(box, batch.boxes_xyxy[row, present])[0].tolist()
-        free = [k for k in range(len(present)) if owner[k] == poses.names[index] and k not in taken]
-        best = max(free, key=overlap.__getitem__, default=None)
-        found = best is not None and overlap[best] >= MIN_IOU
-        if found and best is not None:
-            taken.add(best)
-            if not seen[best]:
-                continue
-        scores.append(float(poses.scores[index]))
-        right.append(found)
-    return np.array(scores), np.array(right, dtype=bool), sum(seen)
+        boxes = batch.boxes_xyxy[row]
+        overlap = paired_iou(poses.boxes_xyxy[index].expand_as(boxes), boxes)[0].tolist()
+        own = [slot for slot in free if names[int(batch.labels[row, slot])] == poses.names[index]]
+        best = max(own, key=overlap.__getitem__, default=None)
+        if best is not None and overlap[best] < MIN_IOU:
+            best = None
+        free -= {best}
+        pairs.append((index, best))
+    return pairs
+
+
+def hits(poses: Poses, names: Sequence[str], batch: Batch, row: int) -> tuple[Array, Array, int]:
+    """Scores [P] of the detections that count, whether each is a hit [P], and how many there were to find."""
+    seen = batch.present[row] & (batch.visibility[row] >= MIN_VISIBILITY)
+    counted = [pair for pair in assigned(poses, names, batch, row) if pair[1] is None or seen[pair[1]]]
+    scores = np.array([float(poses.scores[index]) for index, _ in counted])
+    right = np.array([slot is not None for _, slot in counted], dtype=bool)
+    return scores, right, int(seen.sum())
 
 
 def table(scores: Array, right: Array, wanted: int) -> list[dict[str, float]]:

@@ -56,6 +56,11 @@ def make_objective(
                 f'objective {plan.objective!r} given for smope-s; it trains architecture = "smope-paper" only'
             )
         loss = from_json(LossConfig, plan.loss, "loss")
+        if config.rescore and loss.rivals < 1:
+            raise ConfigError(
+                f"loss.rivals = {loss.rivals} given, at least 1 expected where network.rescore is on: what "
+                "lowers scores learns from wrong pairs"
+            )
         strangers = Strangers.of(clutter, len(objects[0].points)) if loss.strangers and clutter else None
         return Objective(objects, loss, strangers)
     name = "paper" if plan.objective == "default" else plan.objective
