@@ -212,7 +212,7 @@ def test_swapping_two_names_swaps_only_labels(model: SMOPE, picture: torch.Tenso
 
 
 def test_several_of_one_mesh_are_found_as_surely_as_one_alone() -> None:
-    """On renders that training never showed, as `python -m smope.tools.several` measured these weights."""
+    """On renders that training never showed, as `smope.tools.measure_parts` measured these weights."""
     scores = json.loads((hub.resolve("lmo") / "scores.json").read_text())
     part = scores["parts"]["several"]
     assert part["several"]["instances"] > 200
@@ -220,26 +220,25 @@ def test_several_of_one_mesh_are_found_as_surely_as_one_alone() -> None:
     assert part["several"]["found"] > 0.95 * part["alone"]["found"]
 
 
-def test_copies_of_one_thing_are_all_found_in_their_places(
-    model: SMOPE, picture: torch.Tensor, found: Poses
-) -> None:
-    """The duck pasted twice more: moved by d pixels it looks nearly as if it stood d z / f beside.
-
-    A copy throws no shadow and has cut edges, so it may score little: renders say how surely they are found.
-    """
+@pytest.mark.xfail(
+    reason="one of the two copies scores 0.30 with these weights; those before found all three"
+)
+def test_several_of_one_mesh_are_all_found(model: SMOPE, picture: torch.Tensor, found: Poses) -> None:
+    """The duck pasted twice more: moved by d pixels it looks nearly as if it stood d z / f beside."""
     box = found.boxes_xyxy[found.names.index("duck")].round().long()
     x0, y0, x1, y1 = (box + torch.tensor([-4, -4, 4, 4])).tolist()
     moves = [(-330, 70), (-80, 90)]
     crowd = picture.clone()
     for dx, dy in moves:
         crowd[:, y0 + dy : y1 + dy, x0 + dx : x1 + dx] = picture[:, y0:y1, x0:x1]
-    ducks = model.predict(crowd, K=found.camera.K, threshold=0.1)
+    ducks = model.predict(crowd, K=found.camera.K)
     ducks = ducks[[name == "duck" for name in ducks.names]]
-    assert len(ducks) == 3
     original = found.camera.project(found.T_CO[found.names.index("duck"), :3, 3])
     pixels = found.camera.project(ducks.T_CO[:, :3, 3])
     for move in [(0, 0), *moves]:
-        assert (pixels - original - torch.tensor(move)).norm(dim=-1).min() < 12
+        distances = (pixels - original - torch.tensor(move)).norm(dim=-1)
+        assert distances.min() < 12
+        assert ducks.scores[distances.argmin()] > 0.5
 
 
 @pytest.mark.parametrize("size", [(1280, 960), (720, 540), (400, 300)])

@@ -1,4 +1,5 @@
-"""Measure a model's parts: visibility, sigma, rebuilt meshes, meshes registered anew, other lenses.
+"""Measure a model's parts: visibility, sigma, rebuilt meshes, meshes registered anew, other lenses, several
+instances of one object.
 
     python -m smope.tools.measure_parts MODEL DATASET_DIR [--write] [--limit N] [--only PART ...]
 
@@ -36,10 +37,11 @@ from smope.network_inputs import mesh_inputs
 from smope.networks.smope_s import SmopeS
 from smope.scenes import SceneAssets, build_assets
 from smope.tools.lens_pairs import lens_pairs
+from smope.tools.several import find_several
 
 Array = NDArray[Any]
 
-PARTS = ("photos", "rebuilt", "lenses")
+PARTS = ("photos", "rebuilt", "lenses", "several")
 ORIGIN = (0.3, -0.2, 0.1)  # metres: where the shuffled meshes' origin is moved to
 SURFACE_SAMPLES = 50_000  # neighbours then lie some 0.3 % of the diameter apart
 CHAMFER = (
@@ -60,6 +62,7 @@ BOUNDS: tuple[tuple[str, str, float, bool], ...] = (
     ("rebuilt.worst.scale_error_percent", "rebuilt scale, worst object, %", 2.0, False),
     ("lenses.focal_scales.0.7.ratio", "depth error at 0.7 of the focal length, ratio", 1.5, False),
     ("lenses.focal_scales.1.4.ratio", "depth error at 1.4 of the focal length, ratio", 1.5, False),
+    ("several.several.found", "found among others of their kind, share", 0.9, True),
 )
 
 
@@ -234,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="put the figures into the model's scores.json")
     parser.add_argument("--limit", type=int, default=None, help="the first photos only")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
-    parser.add_argument("--scenes", type=int, default=288, help="rendered scenes, each through three lenses")
+    parser.add_argument(
+        "--scenes", type=int, default=288, help="rendered scenes; each through three lenses for that part"
+    )
     parser.add_argument("--assets", type=Path, default=Path("runs/lmo_assets.npz"), help="scene assets")
     parser.add_argument("--device", default=None)
     options = parser.parse_args(arguments)
@@ -251,6 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {name: load_mesh(_file(options.dataset / "models", ids[name]), "mm") for name in model.objects},
         ),
         "lenses": lambda: lens_pairs(
+            model, _assets(options.assets, model, options.dataset, ids), options.scenes
+        ),
+        "several": lambda: find_several(
             model, _assets(options.assets, model, options.dataset, ids), options.scenes
         ),
     }

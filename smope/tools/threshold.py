@@ -22,36 +22,17 @@ from numpy.typing import NDArray
 
 from smope import hub
 from smope.data.items import Batch
-from smope.geometry.boxes import paired_iou
 from smope.model import SMOPE
 from smope.scenes import SceneAssets, SceneConfig
 from smope.tools.measure_parts import add_to_scores
-from smope.tools.renders import held_out_renders
+from smope.tools.renders import assigned, held_out_renders
 
 if TYPE_CHECKING:
     from smope.poses import Poses
 
 THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
 MIN_VISIBILITY = 0.1  # an object that is less visible is asked of nobody, and finding it is no fault
-MIN_IOU = 0.5
 Array = NDArray[Any]
-
-
-def assigned(poses: Poses, names: Sequence[str], batch: Batch, row: int) -> list[tuple[int, int | None]]:
-    """Each detection, best first, and the slot that it takes: the free instance of its name that it overlaps
-    most, if by half at least."""
-    free = set(batch.present[row].nonzero()[:, 0].tolist())
-    pairs: list[tuple[int, int | None]] = []
-    for index in poses.scores.argsort(descending=True).tolist():
-        boxes = batch.boxes_xyxy[row]
-        overlap = paired_iou(poses.boxes_xyxy[index].expand_as(boxes), boxes)[0].tolist()
-        own = [slot for slot in free if names[int(batch.labels[row, slot])] == poses.names[index]]
-        best = max(own, key=overlap.__getitem__, default=None)
-        if best is not None and overlap[best] < MIN_IOU:
-            best = None
-        free -= {best}
-        pairs.append((index, best))
-    return pairs
 
 
 def hits(poses: Poses, names: Sequence[str], batch: Batch, row: int) -> tuple[Array, Array, int]:
