@@ -1,7 +1,7 @@
 """Kernels of our own for the recorded pass: described with all their sizes, compiled while recording.
 
 NVRTC compiles them, which comes with PyTorch: no CUDA toolkit is needed. What it made is kept on disk, beside
-the other kernels. The source is smope/_ext/infer.h.
+the other kernels. The sources are smope/_ext/infer*.h.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from smope.networks.gauss_newton import LARGEST_STEP
 from smope.ops.build import SOURCES, cache_folder
 
 BLOCK = 256
+WARP = 32
+HEADERS = ("infer.h", "infer_maps.h", "infer_pose.h")  # in this order
 COMPILERS = 8  # at a time
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Strides = tuple[int, ...]
@@ -99,9 +101,9 @@ def _stored(layout: Layout) -> str:
 
 
 def whole_source(kernels: Sequence[Kernel]) -> str:
-    header = (SOURCES / "infer.h").read_text(encoding="utf-8")
+    headers = [(SOURCES / name).read_text(encoding="utf-8") for name in HEADERS]
     constant = f"#define LARGEST_STEP {LARGEST_STEP}f\n"
-    return constant + header + "".join(kernel.source for kernel in kernels)
+    return constant + "".join(headers) + "".join(kernel.source for kernel in kernels)
 
 
 def compile_kernels(kernels: Sequence[Kernel]) -> None:
