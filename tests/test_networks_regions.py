@@ -13,8 +13,10 @@ from small_model import small_model
 
 from smope.data.items import Batch
 from smope.network_inputs import mesh_inputs
-from smope.networks.gauss_newton import fit_pose
+from smope.networks.gauss_newton import fit_pose, prior_of
 from smope.networks.outputs import PoseEstimate, Regions
+from smope.networks.pose_head import pixels_to_unit
+from smope.networks.refine import read_maps
 from smope.networks.regions import RegionReader, cell_grid, square_cells
 from smope.objects import ObjectModel
 from smope.train.objective import Objective
@@ -25,11 +27,16 @@ FOCAL, CENTRE, SIZE = 100.0, (39.5, 29.5), (80, 60)
 
 def test_cells_share_a_square_a_little_larger_than_the_box() -> None:
     boxes = torch.tensor([[[0.5, 0.25, 0.2, 0.1]]])  # 40 x 12 pixels about (99.5, 29.5) of 200 x 120
-    pixels, share = square_cells(boxes, cell_grid(4, boxes.device), (200, 120))
+    pixels, points, share = square_cells(boxes, cell_grid(4, boxes.device), (200, 120))
     steps = [-21.0, -7.0, 7.0, 21.0]  # 56 pixels in four
     assert torch.allclose(pixels[0, 0, 0, :, 0], torch.tensor(steps) + 99.5)
     assert torch.allclose(pixels[0, 0, :, 0, 1], torch.tensor(steps) + 29.5)
-    assert torch.allclose(share, torch.tensor([40 / 56, 12 / 56]))
+    assert torch.allclose(points, pixels_to_unit(pixels, (200, 120)), atol=1e-6)
+    assert torch.allclose(torch.cat(share, -1), torch.tensor([40 / 56, 12 / 56]))
+    upright = boxes[..., [0, 1, 3, 2]]  # 20 x 24 pixels
+    pixels, _, share = square_cells(upright, cell_grid(4, boxes.device), (200, 120))
+    assert torch.allclose(pixels[0, 0, 0, :, 0].diff(), torch.tensor(24 * 1.4 / 4))
+    assert torch.allclose(torch.cat(share, -1), torch.tensor([20, 24]) / (24 * 1.4))
 
 
 def reader_inputs() -> tuple[
@@ -91,6 +98,59 @@ def test_a_single_image_has_the_same_pose_as_in_a_batch() -> None:
     assert torch.allclose(both.rotation[1:], alone.rotation, atol=1e-5)
 
 
+def plainly_read(
+    reader: RegionReader,
+    direct: PoseEstimate,
+    pairs: torch.Tensor,
+    boxes: torch.Tensor,
+    maps: tuple[torch.Tensor, ...],
+    diameters: torch.Tensor,
+    K: torch.Tensor,
+    size: tuple[int, int],
+) -> tuple[PoseEstimate, torch.Tensor, torch.Tensor]:
+    """What the reader does, layer by layer, on joined inputs: pose, pairs, surface"""
+    n = reader.cells
+    grid = cell_grid(n, boxes.device)
+    pixels, _, share = square_cells(boxes, grid, size)
+    seen = read_maps(maps, pixels_to_unit(pixels.flatten(2, 3), size))
+    x = reader.read(torch.cat([seen, grid.flatten(0, 1).expand(*seen.shape[:3], 2)], -1))
+    gain, shift = reader.pair(torch.cat([pairs, *share], -1))[..., None, :].chunk(2, -1)
+    x = (x * (1 + gain) + shift).flatten(0, 1).unflatten(1, (n, n))
+    for block in reader.blocks:
+        x = block(x)
+    x = reader.norm(x).relu().flatten(1, 2).unflatten(0, pairs.shape[:2])
+    surface = reader.surface(x)
+    weights = surface[..., 3].sigmoid() * (2 * reader.trust(x)[..., 0].sigmoid())
+    means = [(weights[..., None] * x).mean(-2), x.mean(-2)]
+    pairs = pairs + reader.summary(torch.cat(means, -1))
+    given = (surface[..., :3], pixels.flatten(2, 3), weights, *prior_of(reader.prior(pairs)))
+    return fit_pose(direct, *given, diameters, K, reader.steps), pairs, surface
+
+
+def test_a_reader_is_its_layers_one_after_the_other() -> None:
+    """Values and all gradients: products of parts, and of two layers at once, change nothing."""
+    reader, start, pairs, boxes, maps = reader_inputs()
+    for parameter in reader.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    K = torch.tensor([[[100.0, 0, 63.5], [0, 100.0, 47.5], [0, 0, 1.0]]]).repeat(2, 1, 1)
+    results = []
+    for read in (reader, lambda *given: plainly_read(reader, *given)):
+        leaves = [pairs.clone().requires_grad_(), *(m.clone().requires_grad_() for m in maps)]
+        reader.zero_grad()
+        pose, added, surface = read(
+            start, leaves[0], boxes, tuple(leaves[1:]), torch.full((2, 3), 0.1), K, (128, 96)
+        )
+        if isinstance(surface, Regions):
+            surface = surface.surface.flatten(2, 3)
+        made = [pose.rotation, pose.translation, added, surface]
+        sum((y * torch.arange(y.numel()).view_as(y).cos()).sum() for y in made).backward()
+        results.append([*made, *(x.grad for x in (*leaves, *reader.parameters()))])
+    for found, expected in zip(*results, strict=True):
+        bound = 1e-5 * float(expected.detach().abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=bound)
+
+
 def sphere_scene() -> tuple[ObjectModel, Batch, torch.Tensor]:
     """A ball seen by a pinhole (quadratic of ray and sphere), and the points seen [H, W, 3] in metres."""
     model = ObjectModel.from_mesh("ball", trimesh.creation.icosphere(subdivisions=4, radius=0.05), "m")
@@ -125,7 +185,7 @@ def test_what_cells_see_is_where_the_ray_meets_the_ball() -> None:
     truth = PairTruth.of(objective.table, batch.labels, batch.T_CO, slots, batch.K)
     pose = PoseEstimate(torch.eye(3).expand(1, 1, 3, 3), batch.T_CO[:, :1, :3, 3], torch.zeros(1, 1, 2))
     boxes = torch.tensor([[[43.5 / 80, 28.0 / 60, 24 / 80, 24 / 60]]])
-    pixels, _ = square_cells(boxes, cell_grid(8, boxes.device), SIZE)
+    pixels, *_ = square_cells(boxes, cell_grid(8, boxes.device), SIZE)
     u, v = (x.round().long().clamp(min=0) for x in pixels[0, 0].unbind(-1))
     expected = (points[v, u] - batch.T_CO[0, 0, :3, 3]) / model.diameter
     on_ball = batch.depth[0, v, u] > 0  # type: ignore[index]
@@ -153,7 +213,7 @@ def test_of_poses_that_look_alike_the_nearest_says_where() -> None:
     objective, slots = Objective([twice]), torch.tensor([[0]])
     truth = PairTruth.of(objective.table, batch.labels, batch.T_CO, slots, batch.K)
     boxes = torch.tensor([[[43.5 / 80, 28.0 / 60, 24 / 80, 24 / 60]]])
-    pixels, _ = square_cells(boxes, cell_grid(8, boxes.device), SIZE)
+    pixels, *_ = square_cells(boxes, cell_grid(8, boxes.device), SIZE)
     found = []
     for rotation in (torch.eye(3), turn[:3, :3]):
         pose = PoseEstimate(rotation.expand(1, 1, 3, 3), batch.T_CO[:, :1, :3, 3], torch.zeros(1, 1, 2))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +54,7 @@ def export_model(
         *meshes.values(),
     )
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
-    with torch.no_grad(), _plain_attention(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporters, about torch
         program = torch.export.export(
             network, given, dynamic_shapes=(batch, batch, tuple({} for _ in meshes)), strict=False
@@ -97,14 +95,3 @@ def _write_onnx(
     common.RemoveUnusedNodesPass()(written.model)
     common.CommonSubexpressionEliminationPass()(written.model)
     write_atomically(out, lambda temporary: written.save(temporary, external_data=False))
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """While this lasts, nn.MultiheadAttention is not the one fused operator that ONNX does not have."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from smope.networks.deformable import MLP, FeedForward
 from smope.networks.mesh_encoder import MeshTokens
+from smope.networks.precision import autocast_type
 
 
 class MeshSimilarity(nn.Module):
@@ -53,7 +54,8 @@ class MeshAttention(nn.Module):
         # Keys and values are made once a mesh and handed to the pairs. A product with one-hot rows hands them
         # out exactly, and its backward is a product too, where that of indexing adds row by row.
         each = torch.arange(len(meshes), device=labels.device)
-        chosen = (labels[..., None] == each).to(queries.dtype)  # [B, P, M]; F.one_hot reads labels on the CPU
+        chosen = labels[..., None] == each  # [B, P, M]; F.one_hot reads labels on the CPU
+        chosen = chosen.to(autocast_type(queries))
         x = self.norm(queries + chosen @ self.embedding(meshes.embedding))
         key_value = self.key_value(meshes.local)  # [M, T, 2 C]
         key_value = (chosen.to(key_value.dtype) @ key_value.flatten(1)).unflatten(-1, key_value.shape[1:])

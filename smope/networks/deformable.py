@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smope.networks.cell_norm import normed_cells
 from smope.networks.position import Shapes
 from smope.networks.precision import autocast_type, without_autocast
+from smope.networks.self_attention import MultiheadAttention
 from smope.ops import ms_deform_attn
 from smope.ops.cpu_forms import linear, takes_cpu_form
 
@@ -126,11 +128,7 @@ class CellProjection(nn.Sequential):
         assert isinstance(norm, nn.GroupNorm)
         cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, h w, C], a view where x is stored channels last
         cells = F.linear(cells, conv.weight.flatten(1), conv.bias)
-        grouped = cells.unflatten(-1, (norm.num_groups, -1)).float()  # [B, h w, G, width / G]
-        variance, mean = torch.var_mean(grouped, (1, 3), correction=0, keepdim=True)  # [B, 1, G, 1]
-        scale = (variance + norm.eps).rsqrt() * norm.weight.unflatten(0, (norm.num_groups, -1))
-        shift = norm.bias.unflatten(0, (norm.num_groups, -1)) - mean * scale
-        return (grouped * scale + shift).flatten(2).to(cells.dtype)
+        return normed_cells(cells, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 class FeedForward(nn.Module):
@@ -185,7 +183,7 @@ class DecoderLayer(nn.Module):
         self, width: int, heads: int, levels: int, points: int, hidden: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.self_attn = MultiheadAttention(width, heads, dropout)
         self.norm2 = nn.LayerNorm(width)
         self.cross_attn = DeformableAttention(width, heads, levels, points)
         self.norm1 = nn.LayerNorm(width)
@@ -205,7 +203,7 @@ class DecoderLayer(nn.Module):
         """queries and positions [B, Q, C], reference [B, Q, L, 2 or 4], blocked [Q, Q] bool (True: may not
         look)"""
         placed = queries + positions
-        attended = self.self_attn(placed, placed, queries, attn_mask=blocked, need_weights=False)[0]
+        attended = self.self_attn(placed, placed, queries, blocked)
         queries = self.norm2(queries + self.dropout(attended))
         attended = self.cross_attn(queries + positions, reference, memory, shapes, padding)
         return self.feed_forward(self.norm1(queries + self.dropout(attended)))

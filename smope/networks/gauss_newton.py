@@ -7,6 +7,8 @@ diameters, so that near and far objects weigh alike. Batched, and without a word
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from roma import rotvec_to_rotmat
@@ -124,6 +126,20 @@ def step_pose(
     return move(pose, step, diameters, K)
 
 
+def step_by_layer(
+    pose: PoseEstimate, points: Tensor, moved: Tensor, prior: Tensor, diameters: Tensor, K: Tensor
+) -> PoseEstimate:
+    """`step_pose` by what a layer says, of any type: moved [B, P, A, 3], offsets and the logits of their
+    weights, and prior [B, P, 12] for `prior_of`"""
+    given = (points, moved, prior, diameters, K)
+    if recorded_whole():
+        return _unpacked(step_by_layer_whole(pose.rotation, pose.translation, *given), K)
+    moved, prior = moved.to(points.dtype), prior.to(points.dtype)
+    offsets, weights = moved[..., :2], moved[..., 2].sigmoid()
+    stepped = step_pose(pose, points, offsets, weights, *prior_of(prior), diameters, K)
+    return replace(stepped, offsets=offsets, offset_weights=weights)
+
+
 def move(pose: PoseEstimate, step: Tensor, diameters: Tensor, K: Tensor) -> PoseEstimate:
     """The pose after a step [B, P, 6]"""
     rotation = rotvec_to_rotmat(step[..., :3]) @ pose.rotation
@@ -153,18 +169,43 @@ def fit_pose_whole(
     relative: bool,
 ) -> Tensor:
     """`fit_pose`, or with `relative` and one step `step_pose`: -> [B, P, 12], rotation and translation."""
-    start = PoseEstimate(rotation, translation, project(translation, K))
+    start = _started(rotation, translation, K)
     given = (points, targets, weights, prior_step, prior_weight, diameters, K)
     with whole_steps(False):
         pose = step_pose(start, *given) if relative else fit_pose(start, *given, steps)
-    return torch.cat([pose.rotation.flatten(-2), pose.translation], -1)
+    return _packed(pose)
+
+
+@torch.library.custom_op("smope::step_by_layer", mutates_args=())
+def step_by_layer_whole(
+    rotation: Tensor,
+    translation: Tensor,
+    points: Tensor,
+    moved: Tensor,
+    prior: Tensor,
+    diameters: Tensor,
+    K: Tensor,
+) -> Tensor:
+    """`step_by_layer`: -> [B, P, 12], rotation and translation."""
+    start = _started(rotation, translation, K)
+    with whole_steps(False):
+        return _packed(step_by_layer(start, points, moved, prior, diameters, K))
 
 
 @fit_pose_whole.register_fake
+@step_by_layer_whole.register_fake
 def _(rotation: Tensor, *rest: object) -> Tensor:
     return rotation.new_empty(*rotation.shape[:-2], 12)
 
 
+def _started(rotation: Tensor, translation: Tensor, K: Tensor) -> PoseEstimate:
+    return PoseEstimate(rotation, translation, project(translation, K))
+
+
+def _packed(pose: PoseEstimate) -> Tensor:
+    return torch.cat([pose.rotation.flatten(-2), pose.translation], -1)
+
+
 def _unpacked(values: Tensor, K: Tensor) -> PoseEstimate:
     translation = values[..., 9:]
-    return PoseEstimate(values[..., :9].unflatten(-1, (3, 3)), translation, project(translation, K))
+    return _started(values[..., :9].unflatten(-1, (3, 3)), translation, K)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smope.networks.deformable import MLP, FeedForward
+from smope.networks.self_attention import MultiheadAttention
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class MeshEncoder(nn.Module):
         self.embed = MLP(3 * hidden + 1, width, width, 3)
         self.embed_norm = nn.LayerNorm(width)
         self.latents = nn.Parameter(torch.randn(tokens, hidden) * 0.5)
-        self.attention = nn.MultiheadAttention(hidden, heads, batch_first=True)
+        self.attention = MultiheadAttention(hidden, heads)
         self.attention_norm = nn.LayerNorm(hidden)
         self.feed_forward = FeedForward(hidden, 2 * hidden)
         self.local = nn.Linear(hidden + width, width)
@@ -80,7 +81,7 @@ class MeshEncoder(nn.Module):
         embedding = self.embed_norm(self.embed(torch.cat(pooled, -1)))  # [M, C]
 
         latents = self.latents.expand(len(embedding), -1, -1)
-        read = self.attention(latents, features, features, need_weights=False)[0]
+        read = self.attention(latents, features, features)
         local = self.feed_forward(self.attention_norm(latents + read))  # [M, T, hidden]
         spread = embedding[:, None].expand(-1, local.shape[1], -1)
         local = self.local(F.relu(torch.cat([local, spread], -1)))

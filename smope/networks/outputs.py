@@ -21,11 +21,15 @@ class Features:
     shapes: Shapes
     fine: Tensor  # [B, C4, H / 4, W / 4] backbone features
 
-    def level(self, index: int) -> Tensor:
-        """[B, C, h, w] the tokens of one level as a picture"""
+    def cells(self, index: int) -> Tensor:
+        """[B, h w, C] the tokens of one level"""
         start = sum(h * w for h, w in self.shapes[:index])
         h, w = self.shapes[index]
-        return self.memory[:, start : start + h * w].transpose(1, 2).unflatten(-1, (h, w))
+        return self.memory[:, start : start + h * w]
+
+    def level(self, index: int) -> Tensor:
+        """[B, C, h, w] the tokens of one level as a picture"""
+        return self.cells(index).transpose(1, 2).unflatten(-1, self.shapes[index])
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,14 @@ from smope.networks.deformable import (
     zero_last,
 )
 from smope.networks.outputs import take
-from smope.networks.position import Shapes, cell_centres, sine_embedding, unpadded_centres, valid_ratios
+from smope.networks.position import (
+    Shapes,
+    box_embedding,
+    cell_centres,
+    sine_embedding,
+    unpadded_centres,
+    valid_ratios,
+)
 from smope.networks.resnet import ResNet50
 
 
@@ -209,7 +216,7 @@ class PaperDetector(nn.Module):
         raw_boxes = self.box_heads[-1](tokens) + raw_anchors
         chosen = logits[..., 0].topk(self.config.queries, dim=1).indices
         boxes = take(raw_boxes, chosen).detach().sigmoid()
-        embedded = sine_embedding(boxes, self.config.width // 2).to(tokens.dtype)  # [B, Q, 2 C]
+        embedded = box_embedding(boxes, self.config.width // 2).to(tokens.dtype)  # [B, Q, 2 C]
         positions, queries = self.proposal_query_norm(self.proposal_query(embedded)).chunk(2, -1)
         return queries, positions, boxes, Proposals(logits, raw_boxes, chosen)
 

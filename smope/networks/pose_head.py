@@ -19,6 +19,7 @@ from smope.geometry.stretch import size_factor
 from smope.networks.deformable import MLP, zero_last
 from smope.networks.outputs import PairOutputs, PoseEstimate
 from smope.networks.precision import without_autocast
+from smope.networks.recorded import recorded_whole, whole_steps
 
 ImageSize = tuple[int, int]  # (width, height) in pixels
 _MOST_STRETCH = 2.3  # in the logarithm: a tenth to ten times the registered mesh
@@ -62,9 +63,7 @@ class PoseHead(nn.Module):
         with without_autocast(features):
             if scale is not None:
                 diameters = diameters * size_factor(scale)
-            pose = pose_from_values(
-                rotation6.float(), shift.float(), log_factor.float(), boxes, diameters, K, size
-            )
+            pose = pose_from_values(rotation6, shift, log_factor, boxes, diameters, K, size)
             pose = replace(pose, scale=scale)
         return PairOutputs((pose,), visibility, log_sigma)
 
@@ -92,13 +91,40 @@ def pose_from_values(
     K: Tensor,
     size: ImageSize,
 ) -> PoseEstimate:
-    """The geometry of the head: [B, P, 6], [B, P, 2] in box sizes, [B, P] -> pose of the centred mesh,
-    metres."""
+    """The geometry of the head: [B, P, 6], [B, P, 2] in box sizes, [B, P], of any type, with boxes [B, P, 4]
+    cxcywh in 0..1 and diameters [B, P] metres -> pose of the centred mesh, metres."""
+    if recorded_whole():
+        given = (rotation6, shift, log_factor, boxes, diameters, K)
+        values = pose_from_values_whole(*given, *size)
+        return PoseEstimate(values[..., :9].unflatten(-1, (3, 3)), values[..., 9:12], values[..., 12:])
     extent = torch.stack([boxes[..., 2] * size[0], boxes[..., 3] * size[1]], -1).clamp(min=1.0)  # pixels
-    centre = unit_to_pixels(boxes[..., :2], size) + shift * extent  # [B, P, 2] pixels
+    centre = unit_to_pixels(boxes[..., :2], size) + shift.to(boxes.dtype) * extent  # [B, P, 2] pixels
     box_size = extent.prod(-1).sqrt()
-    depth = (focal_length(K)[:, None] * diameters / box_size) * log_factor.clamp(-3, 3).exp()  # [B, P] metres
+    factor = log_factor.to(boxes.dtype).clamp(-3, 3).exp()
+    depth = (focal_length(K)[:, None] * diameters / box_size) * factor  # [B, P] metres
     pixels = torch.cat([centre, torch.ones_like(centre[..., :1])], -1)
     ray = pixels @ invert_intrinsics(K).transpose(-1, -2)  # [B, P, 3] with z = 1
-    rotation = egocentric_from_allocentric(rot6d_to_matrix(rotation6), ray)
+    rotation = egocentric_from_allocentric(rot6d_to_matrix(rotation6.to(boxes.dtype)), ray)
     return PoseEstimate(rotation, ray * depth[..., None], centre)
+
+
+@torch.library.custom_op("smope::pose_from_values", mutates_args=())
+def pose_from_values_whole(
+    rotation6: Tensor,
+    shift: Tensor,
+    log_factor: Tensor,
+    boxes: Tensor,
+    diameters: Tensor,
+    K: Tensor,
+    width: int,
+    height: int,
+) -> Tensor:
+    """`pose_from_values`: -> [B, P, 14], rotation, translation and centre"""
+    with whole_steps(False):
+        pose = pose_from_values(rotation6, shift, log_factor, boxes, diameters, K, (width, height))
+    return torch.cat([pose.rotation.flatten(-2), pose.translation, pose.centre], -1)
+
+
+@pose_from_values_whole.register_fake
+def _(rotation6: Tensor, shift: Tensor, log_factor: Tensor, boxes: Tensor, *rest: object) -> Tensor:
+    return boxes.new_empty(*boxes.shape[:-1], 14)

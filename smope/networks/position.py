@@ -20,6 +20,17 @@ def sine_embedding(coordinates: Tensor, width: int, temperature: float = 10000.0
     return waves.flatten(-3)
 
 
+def box_embedding(boxes: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
+    """[..., D] coordinates in 0..1 -> [..., D * width]: `sine_embedding` up to rounding, number by number.
+
+    A cosine is the sine a quarter turn later.
+    """
+    index = torch.arange(width, device=boxes.device, dtype=torch.float32)
+    odd = index % 2
+    frequency = (2 * math.pi) * temperature ** ((odd - index) / width)
+    return (boxes[..., None].float() * frequency + odd * (math.pi / 2)).sin().flatten(-2)
+
+
 def cell_centres(shapes: Shapes, device: torch.device) -> Tensor:
     """[S, 2] centres (x, y) of the cells of all levels in turn, in 0..1."""
     grids = []

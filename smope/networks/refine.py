@@ -8,6 +8,7 @@ predicts too, turns that into a new pose. Intrinsics and size enter through the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from smope.geometry.projection import project
 from smope.networks.deformable import MLP, FeedForward, zero_last
-from smope.networks.gauss_newton import prior_of, step_pose
+from smope.networks.gauss_newton import step_by_layer
 from smope.networks.outputs import Features, PoseEstimate
 from smope.networks.pose_head import ImageSize, pixels_to_unit
 from smope.networks.precision import autocast_type, without_autocast
 from smope.networks.recorded import recorded_whole, whole_steps
+from smope.networks.self_attention import MultiheadAttention
 from smope.networks.shifted import Twice
 
 
@@ -40,16 +42,27 @@ class PoseMaps(nn.Module):
 
     def forward(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
         plain = self.fine(features.fine)
-        around = enlarged(self.context(features.level(0)), (plain.shape[-2], plain.shape[-1]))
+        near = features.cells(0).contiguous()  # read twice
+        around = enlarged(self._mapped(self.context, near, features.shapes[0]), plain.shape[-2:])
         return (
-            self.middle(features.level(0)),
-            self.coarse(features.level(1)),
+            self._mapped(self.middle, near, features.shapes[0]),
+            self._mapped(self.coarse, features.cells(1).contiguous(), features.shapes[1]),
             plain + self.merge(F.relu(plain + around)),
         )
 
+    @staticmethod
+    def _mapped(conv: nn.Conv2d, cells: Tensor, shape: tuple[int, int]) -> Tensor:
+        """A 1x1 convolution of cells [B, h w, C] -> [B, C', h, w], stored channels last.
 
-def enlarged(x: Tensor, shape: tuple[int, int]) -> Tensor:
+        As a product over the cells, which lie as it wants them: the convolution would turn them over.
+        """
+        product = F.linear(cells, conv.weight.flatten(1), conv.bias)
+        return product.transpose(1, 2).unflatten(-1, shape)
+
+
+def enlarged(x: Tensor, shape: Sequence[int]) -> Tensor:
     """[B, C, h, w] -> [B, C, *shape], bilinear; float32 under autocast, as PyTorch has it on a GPU"""
+    shape = (shape[0], shape[1])
     twice = shape == (2 * x.shape[-2], 2 * x.shape[-1])
     if twice and x.is_cuda and torch.compiler.is_compiling() and torch.is_grad_enabled():
         widened = x.float() if torch.is_autocast_enabled("cuda") else x
@@ -83,6 +96,56 @@ def _(maps: list[Tensor], points: Tensor, kind: torch.dtype) -> Tensor:
     return points.new_empty(*points.shape[:-1], sum(m.shape[1] for m in maps), dtype=kind)
 
 
+def place_anchors(
+    pose: PoseEstimate, anchors: Tensor, diameters: Tensor, K: Tensor, size: ImageSize
+) -> tuple[Tensor, Tensor, Tensor]:
+    """anchors [B, P, A, 9], diameters [B, P] metres -> the anchors with point and normal as the pose turns
+    them [B, P, A, 15], and where they are seen, in pixels and in 0..1 of the image [B, P, A, 2]"""
+    if recorded_whole():
+        given = (pose.rotation, pose.translation, anchors, diameters, K)
+        return place_anchors_whole(*given, *size, autocast_type(anchors))
+    with without_autocast(anchors):  # in 16 bits a pixel's coordinate is known to a pixel or two
+        back = pose.rotation.transpose(-1, -2)
+        arms = (diameters[..., None, None] * anchors[..., :3]) @ back  # [B, P, A, 3] metres
+        normals = anchors[..., 3:6] @ back
+        uv = project(arms + pose.translation[..., None, :], K)
+    placed = torch.cat([anchors, arms / diameters[..., None, None], normals], -1)
+    return placed, uv, pixels_to_unit(uv, size)
+
+
+# Written out, as torch 2.5 derives none from a type.
+_PLACE_ANCHORS = (
+    "(Tensor rotation, Tensor translation, Tensor anchors, Tensor diameters, Tensor K, "
+    "int width, int height, ScalarType kind) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("smope::place_anchors", mutates_args=(), schema=_PLACE_ANCHORS)
+def place_anchors_whole(
+    rotation: Tensor,
+    translation: Tensor,
+    anchors: Tensor,
+    diameters: Tensor,
+    K: Tensor,
+    width: int,
+    height: int,
+    kind: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`place_anchors`, the first rounded to `kind`"""
+    pose = PoseEstimate(rotation, translation, translation[..., :2])
+    with whole_steps(False):
+        placed, uv, places = place_anchors(pose, anchors, diameters, K, (width, height))
+    return placed.to(kind), uv, places
+
+
+@place_anchors_whole.register_fake
+def _(rotation: Tensor, translation: Tensor, anchors: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    kind, shape = rest[-1], anchors.shape[:-1]
+    assert isinstance(kind, torch.dtype)
+    uv = anchors.new_empty(*shape, 2)
+    return anchors.new_empty(*shape, 15, dtype=kind), uv, torch.empty_like(uv)
+
+
 class PoseRefiner(nn.Module):
     """One refinement layer."""
 
@@ -93,7 +156,7 @@ class PoseRefiner(nn.Module):
         self.pair = nn.Linear(width, hidden)
         self.token_norm = nn.LayerNorm(hidden)
         self.mix = FeedForward(hidden, 2 * hidden)
-        self.attention = nn.MultiheadAttention(hidden, heads, batch_first=True)
+        self.attention = MultiheadAttention(hidden, heads)
         self.attention_norm = nn.LayerNorm(hidden)
         self.feed_forward = FeedForward(hidden, 2 * hidden)
         self.offset = zero_last(MLP(hidden, hidden, 3, 2))  # x, y and the logit of the weight
@@ -115,24 +178,18 @@ class PoseRefiner(nn.Module):
 
         -> the moved pose, and the pairs' features with what was seen added
         """
-        with without_autocast(pairs):  # in 16 bits a pixel's coordinate is known to a pixel or two
-            back = pose.rotation.transpose(-1, -2)
-            arms = (diameters[..., None, None] * anchors[..., :3]) @ back  # [B, P, A, 3] metres
-            normals = anchors[..., 3:6] @ back
-            uv = project(arms + pose.translation[..., None, :], K)  # [B, P, A, 2] pixels
-        sampled = read_maps(maps, pixels_to_unit(uv, size))
-        placed = torch.cat([anchors, arms / diameters[..., None, None], normals], -1)
+        placed, uv, places = place_anchors(pose, anchors, diameters, K, size)
+        sampled = read_maps(maps, places)
         tokens = self.read(sampled) + self.geometry(placed) + self.pair(pairs)[..., None, :]
         tokens = self.mix(self.token_norm(tokens)).flatten(0, 1)  # [B P, A, hidden]
-        attended = self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        tokens = self.feed_forward(self.attention_norm(tokens + attended)).unflatten(0, pairs.shape[:2])
+        attended = self.attention(tokens, tokens, tokens)
+        tokens = self.feed_forward(self.attention_norm(tokens + attended))
+        # What follows are products, which would round each of them apart.
+        tokens = tokens.to(autocast_type(pairs)).unflatten(0, pairs.shape[:2])
 
-        moved = self.offset(tokens).float()
-        offsets, weights = moved[..., :2], moved[..., 2].sigmoid()
+        moved = self.offset(tokens)
         seen = tokens.mean(-2)
-        prior = self.prior(torch.cat([seen, pairs], -1)).float()
+        prior = self.prior(torch.cat([seen, pairs.to(seen.dtype)], -1))
         with without_autocast(pairs):
-            points = anchors[..., :3]
-            moved_pose = step_pose(pose, points, offsets, weights, *prior_of(prior), diameters, K)
-        refined = replace(moved_pose, offsets=offsets, offset_weights=weights, anchors_uv=uv)
-        return refined, pairs + self.summary(seen)
+            moved_pose = step_by_layer(pose, anchors[..., :3], moved, prior, diameters, K)
+        return replace(moved_pose, anchors_uv=uv), pairs + self.summary(seen)

@@ -19,7 +19,7 @@ from smope.geometry.stretch import size_factor, stretched_points
 from smope.networks.deformable import MLP, NarrowLayerNorm, zero_last
 from smope.networks.gauss_newton import fit_pose, prior_of
 from smope.networks.outputs import PoseEstimate, Regions
-from smope.networks.pose_head import ImageSize, pixels_to_unit, unit_to_pixels
+from smope.networks.pose_head import ImageSize
 from smope.networks.precision import without_autocast
 from smope.networks.refine import read_maps
 
@@ -83,20 +83,23 @@ class RegionReader(nn.Module):
         """
         n = self.cells
         grid = cell_grid(n, boxes.device)  # [n, n, 2] in -1..1
-        pixels, share = square_cells(boxes, grid, size)
-        seen = read_maps(maps, pixels_to_unit(pixels.flatten(2, 3), size))  # [B, P, n n, S]
-        place = grid.flatten(0, 1).to(seen.dtype).expand(*seen.shape[:3], 2)
-        x = self.read(torch.cat([seen, place], -1))
-        gain, shift = self.pair(torch.cat([pairs, share.to(pairs.dtype)], -1))[..., None, :].chunk(2, -1)
-        x = (x * (1 + gain) + shift).flatten(0, 1).unflatten(1, (n, n))  # [B P, n, n, hidden]
+        pixels, points, share = square_cells(boxes, grid, size)
+        seen = read_maps(maps, points.flatten(2, 3))  # [B, P, n n, S]
+        x = self._cells(seen, grid.flatten(0, 1))
+        gain, shift = self._of_pairs(pairs, share)[..., None, :].chunk(2, -1)
+        x = torch.addcmul(x + shift, x, gain)
+        x = x.flatten(0, 1).unflatten(1, (n, n))  # [B P, n, n, hidden]
         for block in self.blocks:
             x = block(x)
         x = F.relu(self.norm(x)).flatten(1, 2).unflatten(0, pairs.shape[:2])  # [B, P, n n, hidden]
 
-        surface = self.surface(x).float()
-        weights = surface[..., 3].sigmoid() * (2 * self.trust(x)[..., 0].float().sigmoid())
-        mean = (weights[..., None] * x).mean(-2)
-        pairs = pairs + self.summary(torch.cat([mean, x.mean(-2)], -1))
+        # Both layers as one product: there are few outputs and many cells.
+        weight = torch.cat([self.surface.weight, self.trust.weight])
+        bias = torch.cat([self.surface.bias, self.trust.bias])
+        said = F.linear(x, weight, bias).float()  # [B, P, n n, 5]
+        surface = said[..., :4]
+        weights = said[..., 3].sigmoid() * (2 * said[..., 4].sigmoid())
+        pairs = pairs + self.summary(weighed_and_plain_mean(x, weights).flatten(-2))
         prior = prior_of(self.prior(pairs).float())
         with without_autocast(pairs):
             places, cells = surface[..., :3], pixels.flatten(2, 3)
@@ -107,6 +110,30 @@ class RegionReader(nn.Module):
             pose = replace(pose, scale=direct.scale)
         return pose, pairs, Regions(pixels, surface.unflatten(2, (n, n)))
 
+    def _cells(self, seen: Tensor, places: Tensor) -> Tensor:
+        """`read` of what each cell saw [B, P, n n, S] and its place [n n, 2] -> [B, P, n n, hidden]
+
+        A product each, as places are the same in every square: joining them would copy all that was seen,
+        into rows that are no multiple of 16 bytes.
+        """
+        of_seen, of_places = self.read.weight.split([seen.shape[-1], 2], 1)
+        return F.linear(seen, of_seen) + F.linear(places.to(seen.dtype), of_places, self.read.bias)
+
+    def _of_pairs(self, pairs: Tensor, share: tuple[Tensor, Tensor]) -> Tensor:
+        """`pair` of features [B, P, C] and box sides over the square's [B, P, 1] -> [B, P, 2 hidden]"""
+        of_pairs, of_width, of_height = self.pair.weight.split([pairs.shape[-1], 1, 1], 1)
+        y = F.linear(pairs, of_pairs, self.pair.bias)
+        wide = y.to(share[0].dtype)  # float32, as the weights are
+        wide = torch.addcmul(wide, share[0], of_width[:, 0])
+        return torch.addcmul(wide, share[1], of_height[:, 0]).to(y.dtype)
+
+
+def weighed_and_plain_mean(x: Tensor, weights: Tensor) -> Tensor:
+    """x [B, P, A, C], weights [B, P, A] -> [B, P, 2, C] in x's type: means over A of weights * x and of x"""
+    share = 1 / x.shape[-2]
+    plain = torch.full_like(weights, share, dtype=x.dtype)
+    return torch.stack([(weights * share).to(x.dtype), plain], -2) @ x
+
 
 def cell_grid(cells: int, device: torch.device) -> Tensor:
     """[n, n, 2] x, y of the middles of n x n cells over -1..1"""
@@ -114,11 +141,14 @@ def cell_grid(cells: int, device: torch.device) -> Tensor:
     return torch.stack([steps.expand(cells, cells), steps[:, None].expand(cells, cells)], -1)
 
 
-def square_cells(boxes: Tensor, grid: Tensor, size: ImageSize) -> tuple[Tensor, Tensor]:
-    """boxes [B, P, 4] cxcywh in 0..1 -> pixels [B, P, n, n, 2] of the cells, box sides over the square's
-    [B, P, 2]"""
-    sides = torch.stack([boxes[..., 2] * size[0], boxes[..., 3] * size[1]], -1).clamp(min=1.0)
-    square = (MARGIN * sides.amax(-1, keepdim=True)).clamp(min=16.0)  # pixels
-    centre = unit_to_pixels(boxes[..., :2], size)
-    pixels = centre[..., None, None, :] + grid * (square / 2)[..., None, None, :]
-    return pixels, sides / square
+def square_cells(
+    boxes: Tensor, grid: Tensor, size: ImageSize
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """boxes [B, P, 4] cxcywh in 0..1 -> pixels [B, P, n, n, 2] of the cells, the same in 0..1 of the image,
+    and the box's width and height over the square's side [B, P, 1]"""
+    width, height = ((boxes[..., i : i + 1] * size[i - 2]).clamp(min=1.0) for i in (2, 3))  # pixels
+    # The longer one, of steps that a recorded pass joins with those around them.
+    square = (MARGIN * (width + F.relu(height - width))).clamp(min=16.0)
+    sides = torch.cat([boxes.new_full((1,), side) for side in size])  # not copied from the host
+    points = grid * (square / 2)[..., None, None] / sides + boxes[..., None, None, :2]
+    return points * sides - 0.5, points, (width / square, height / square)

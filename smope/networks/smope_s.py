@@ -35,7 +35,7 @@ from smope.networks.outputs import (
     take_layers,
 )
 from smope.networks.pose_head import ImageSize, PoseHead, resized
-from smope.networks.position import Shapes, cell_centres, pyramid_positions, sine_embedding
+from smope.networks.position import Shapes, box_embedding, cell_centres, pyramid_positions
 from smope.networks.refine import PoseMaps, PoseRefiner
 from smope.networks.regions import RegionReader
 from smope.networks.rivals import Rivals, choose_rivals, shifted_scores
@@ -229,23 +229,23 @@ class SmopeS(nn.Module):
         memory = torch.cat([layer(x) for layer, x in zip(self.input_proj, pyramid, strict=True)], 1)
         level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, shapes, strict=True)])
         positions = (pyramid_positions(shapes, self.config.width, images.device) + level)[None]
-        reference = cell_centres(shapes, images.device)[None, :, None].expand(
-            images.shape[0], -1, self.levels, -1
-        )
+        centres = cell_centres(shapes, images.device)[None, :, None]
+        # Once for all layers: kernels read it as it lies.
+        reference = centres.expand(images.shape[0], -1, self.levels, -1).contiguous()
         for layer in self.encoder:
             memory = layer(memory, positions, reference, shapes)
         return Features(memory, shapes, fine)
 
     def detect(self, features: Features, meshes: MeshTokens, targets: Targets | None = None) -> Detections:
-        """Choose proposals among the cells, then refine them as queries. Which meshes are registered
-        changes the logits alone, never the queries or boxes."""
+        """Choose proposals among the cells, then refine them as queries: of all layers in training, else of
+        the last. Which meshes are registered changes the logits alone, never the queries or boxes."""
         output = self.proposal(features.memory)  # [B, S, C]
-        scores = self.proposal_score(output)[..., 0].float()
+        scores = self.proposal_score(output)[..., 0]
         best = scores.topk(self.config.queries, dim=1).indices  # [B, Q]
         chosen = take(output, best)
-        raw = self.proposal_box(chosen).float() + inverse_sigmoid(self._cell_boxes(features.shapes, best))
+        raw = self.proposal_box(chosen).float() + self._raw_cell_boxes(features.shapes, best)
         boxes = raw.sigmoid()
-        proposal_boxes, proposal_logits = boxes, take(scores, best)
+        proposal_boxes, proposal_logits = boxes, take(scores, best).float()
 
         queries, reference, blocked, denoising = chosen.detach(), boxes.detach(), None, 0
         if targets is not None and self.config.denoising_groups:
@@ -261,16 +261,18 @@ class SmopeS(nn.Module):
             queries.requires_grad_()  # as the later layers' do: else the first is compiled apart
         all_queries, all_boxes = [], []
         for layer, box_head in zip(self.decoder, self.box_heads, strict=True):
-            positions = self.box_position(sine_embedding(reference, self.config.width // 2))
+            positions = self.box_position(box_embedding(reference, self.config.width // 2))
             levels = reference[:, :, None].expand(-1, -1, self.levels, -1)
             queries = layer(queries, positions, levels, features.memory, features.shapes, blocked)
             boxes = (box_head(queries).float() + inverse_sigmoid(reference)).sigmoid()
             reference = boxes.detach()
             all_queries.append(queries)
             all_boxes.append(boxes)
-        stacked = torch.stack(all_queries)
+        # Without targets the last layer alone: nothing reads the others.
+        given = targets is not None
+        stacked, boxes = (torch.stack(x) if given else x[-1][None] for x in (all_queries, all_boxes))
         logits = self.similarity(stacked, meshes)
-        return Detections(stacked, torch.stack(all_boxes), logits, proposal_boxes, proposal_logits, denoising)
+        return Detections(stacked, boxes, logits, proposal_boxes, proposal_logits, denoising)
 
     def direct_poses(
         self, queries: Tensor, boxes: Tensor, labels: Tensor, meshes: MeshTokens, K: Tensor, size: ImageSize
@@ -330,14 +332,15 @@ class SmopeS(nn.Module):
             shift = -F.softplus(self.rescorer(pairs)[..., 0].float() - 4.0)  # at first hardly a shift
         return PairOutputs(tuple(poses), visibility, self.pose_head.log_sigma(pairs), shift), regions
 
-    def _cell_boxes(self, shapes: Shapes, index: Tensor) -> Tensor:
-        """[B, Q, 4] the box each cell starts from: its centre, and a size that doubles with the level"""
+    def _raw_cell_boxes(self, shapes: Shapes, index: Tensor) -> Tensor:
+        """[B, Q, 4] the box each cell starts from, before the sigmoid: its centre, and a size that doubles
+        with the level"""
         centres = cell_centres(shapes, index.device)
         sizes = torch.cat([centres.new_full((h * w,), 0.06 * 2**i) for i, (h, w) in enumerate(shapes)])
         height, width = shapes[0]
         aspect = (width / height) ** 0.5
         boxes = torch.cat([centres, sizes[:, None] / aspect, sizes[:, None] * aspect], -1)  # [S, 4]
-        return boxes[index]
+        return inverse_sigmoid(boxes)[index]
 
     def _cell_of(self, shapes: Shapes, boxes: Tensor) -> Tensor:
         """[B, Q] the cell at stride 16 that holds each box's centre"""

@@ -87,7 +87,7 @@ def _detector_values(network: SmopePaper, outputs: PaperOutputs, calls: dict[str
         values[f"encoder.{i}"] = calls[f"detector.encoder.{i}"][-1]
     values["memory"] = found.image.memory
 
-    values["decoder.0.self_attn"] = calls["detector.decoder.0.self_attn"][-1][0]
+    values["decoder.0.self_attn"] = calls["detector.decoder.0.self_attn"][-1]
     values["decoder.0.cross_attn"] = calls["detector.decoder.0.cross_attn"][-1]
     values["init_reference"] = found.first_reference
     values["inter_references"] = found.references
