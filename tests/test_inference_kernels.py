@@ -18,6 +18,7 @@ from smope.inference.fuse import fuse
 from smope.inference.kernels import Kernel, compile_kernels, compile_source, whole_source
 from smope.inference.record import record
 from smope.inference.simplify import relu6_of_sum
+from smope.networks.cell_norm import normed_cells
 from smope.networks.gauss_newton import fit_pose, step_pose
 from smope.networks.outputs import PoseEstimate
 from smope.networks.recorded import whole_steps
@@ -173,7 +174,7 @@ def test_elementwise_steps_become_one_kernel(device: torch.device, tmp_path: Pat
         a = (x + y.t()).clamp(min=0.2).log() * z - 2 * x
         b = torch.sigmoid(a) / 3
         total = b.sum(0, keepdim=True)
-        c = (1 - b) * total + a.exp().rsqrt()
+        c = torch.addcmul(a.exp().rsqrt(), 1 - b, total)
         return torch.cat([a, b, -c, F.softplus(c)])
 
     found, kinds = fused(function, tmp_path, x, y, z)
@@ -192,7 +193,9 @@ def test_pass_with_its_own_kernels_finds_what_the_eager_one_does(model: SMOPE, t
         return find_table(model.network, images.contiguous(memory_format=torch.channels_last), K, tokens, 8)
 
     found, kinds = fused(function, tmp_path, images, K)
-    assert len(kinds) == 5
+    steps = ("depthwise", "direct_pose", "enlarge", "fit_pose", "layer_norm", "measure_cells", "norm_cells")
+    steps = (*steps, "pictures", "place_anchors", "pointwise", "read_maps")
+    assert {f"smope_{step}_" for step in steps} <= {*kinds}
     with torch.no_grad():
         torch.testing.assert_close(found, function(images, K), rtol=1e-3, atol=1e-3)
 
@@ -235,3 +238,105 @@ def test_relu6_of_a_sum_on_a_gpu() -> None:
     assert found.dtype == torch.bfloat16
     assert found.stride() == x.stride()
     torch.testing.assert_close(found.float(), F.relu6(x.float() + bias.float()), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_depthwise_kernel_adds_the_bias_of_the_convolution_before(
+    kind: torch.dtype, device: torch.device, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    first, bias = torch.randn(8, 3, 3, 3, device=device).to(kind), torch.randn(8, device=device).to(kind)
+    weight, other = torch.randn(8, 1, 3, 3, device=device).to(kind), torch.randn(8, device=device).to(kind)
+    x = torch.randn(2, 3, 9, 37, device=device).to(kind).contiguous(memory_format=torch.channels_last)
+    bias[0] = 3.0  # outside the image there is nothing, and no bias either
+
+    def function(x: Tensor, *given: Tensor) -> Tensor:
+        first, bias, weight, other = given or (*constants,)
+        y = F.conv2d(x, first, bias, padding=1).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(F.relu6(y), weight, other, padding=1, groups=8)
+
+    constants = (first, bias, weight, other)
+    found, kinds = fused(function, tmp_path, x)
+    assert kinds == ["smope_depthwise_"]
+    expected = function(x.double(), *[c.double() for c in constants])
+    rounding = {torch.float32: 1e-5, torch.float16: 2e-2}[kind]  # of the sum that the first one writes
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
+
+
+def test_depthwise_kernel_keeps_what_is_not_a_number(device: torch.device, tmp_path: Path) -> None:
+    x = torch.ones(1, 8, 4, 40, device=device).half().contiguous(memory_format=torch.channels_last)
+    x[0, 3, 2, 17] = torch.nan
+    weight = torch.ones(8, 1, 3, 3, device=device).half()
+    found, _ = fused(lambda x: F.relu6(F.conv2d(F.relu6(x), weight, padding=1, groups=8)), tmp_path, x)
+    wrong = found.isnan().nonzero().tolist()
+    assert wrong == [[0, 3, y, column] for y in (1, 2, 3) for column in (16, 17, 18)]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "cells"), [(64, 40), (256, 333), (512, 7)])
+def test_cell_norm_kernels(
+    kind: torch.dtype, channels: int, cells: int, device: torch.device, tmp_path: Path
+) -> None:
+    """Against PyTorch's GroupNorm in float64, far from a mean of 0 too"""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(channels, device=device), torch.randn(channels, device=device)
+    x = (torch.randn(2, cells, channels, device=device) * 2 + 30).to(kind)
+    found, kinds = fused(lambda x: normed_cells(x, weight, bias, 32, 1e-5), tmp_path, x)
+    assert kinds == ["smope_measure_cells_", "smope_norm_cells_"]
+    normed = F.group_norm(x.double().transpose(1, 2), 32, weight.double(), bias.double())
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[kind]
+    torch.testing.assert_close(
+        found.double(), normed.transpose(1, 2), rtol=rounding, atol=max(rounding, 1e-4) / 4
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_enlarging_kernel(kind: torch.dtype, device: torch.device, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 5, 7, device=device).to(kind).contiguous(memory_format=torch.channels_last)
+
+    def function(x: Tensor) -> Tensor:
+        return F.relu(F.interpolate(x.float(), (10, 14), mode="bilinear") - 0.1)
+
+    found, kinds = fused(function, tmp_path, x)
+    assert kinds == ["smope_enlarge_", "smope_pointwise_"]
+    rounding = 1e-5 if kind == torch.float32 else 2e-3
+    torch.testing.assert_close(found.double(), function(x.double()).double(), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("given", [torch.uint8, torch.float32])
+def test_pictures_become_the_first_input_in_one_kernel(
+    given: torch.dtype, device: torch.device, tmp_path: Path
+) -> None:
+    """Type, scale, order, and padding before and after the scale"""
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (2, 3, 6, 11), device=device).to(given)
+    mean, spread = torch.rand(3, 1, 1, device=device), torch.rand(1, 3, 1, 1, device=device) + 0.5
+
+    def function(x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last).float() / 255
+        x = (F.pad(x, (0, 2, 1, 0)) - mean) / spread
+        y: Tensor = F.pad(F.pad(x, (0, 0, 0, 0)), (2, 1, 0, 3)).half()
+        return y
+
+    found, kinds = fused(function, tmp_path, x)
+    assert kinds == ["smope_pictures_"]
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, function(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_bias_of_each_channel_is_added_eight_at_a_time(device: torch.device, tmp_path: Path) -> None:
+    """Of a convolution that has no product's form, and positions that all images share"""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(16, 3, 3, 3, device=device), torch.randn(16, device=device)
+    place = torch.randn(120, 150, 16, device=device)
+    x = torch.randn(1, 3, 120, 150, device=device).contiguous(memory_format=torch.channels_last)
+
+    def function(x: Tensor) -> Tensor:
+        y = F.conv2d(x, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
+        z = y.permute(0, 2, 3, 1).expand(2, -1, -1, -1).contiguous()
+        return torch.cat([y.permute(0, 2, 3, 1), z + place])
+
+    found, kinds = fused(function, tmp_path, x)
+    assert kinds == ["smope_pointwise_"]
+    torch.testing.assert_close(found, function(x), rtol=1e-4, atol=1e-4)

@@ -3,10 +3,13 @@ namespace smope {
 
 // Depthwise convolution, bias and ReLU6 of maps that are stored channels last. A thread makes 8 channels of 4 pixels in
 // a row; the threads of a block make 4 such groups of channels of 32 x 8 pixels, so that what they read is mostly in the
-// first cache. weight [K * K, C] and bias [C] are float. BEFORE and AFTER: ReLU6 of what is read and of what is written.
-template <class T, int C, int H, int W, int OH, int OW, int K, int STRIDE, int TOP, int LEFT, bool BEFORE, bool AFTER>
+// first cache. weight [K * K, C] and the biases [C] are float. ADD, BEFORE and AFTER: a bias and ReLU6 of what is read,
+// ReLU6 of what is written.
+template <class T, int C, int H, int W, int OH, int OW, int K, int STRIDE, int TOP, int LEFT, bool ADD, bool BEFORE,
+          bool AFTER>
 DEVICE void depthwise(const typename T::Stored* __restrict__ x, const float* __restrict__ weight,
-                      const float* __restrict__ bias, typename T::Stored* __restrict__ y) {
+                      const float* __restrict__ bias, const float* __restrict__ added,
+                      typename T::Stored* __restrict__ y) {
     constexpr int PIXELS = 4, GROUPS = C / 8, ACROSS = (OW + 31) / 32, DOWN = (OH + 7) / 8, SETS = (GROUPS + 3) / 4;
     const long long block = THREAD / 256;
     const int thread = (int)(THREAD % 256);
@@ -19,9 +22,9 @@ DEVICE void depthwise(const typename T::Stored* __restrict__ x, const float* __r
     if (group >= GROUPS || first >= OW || row >= OH) return;
     const int channel = group * 8;
 
-    float sum[PIXELS][8];
-    float b[8];
+    float sum[PIXELS][8], b[8], extra[8];
     load<F32, 8>(bias + channel, b);
+    if (ADD) load<F32, 8>(added + channel, extra);
 #pragma unroll
     for (int p = 0; p < PIXELS; ++p)
 #pragma unroll
@@ -31,18 +34,32 @@ DEVICE void depthwise(const typename T::Stored* __restrict__ x, const float* __r
         const int at_y = row * STRIDE - TOP + i;
         if (at_y < 0 || at_y >= H) continue;
         const typename T::Stored* line = x + ((image * H + at_y) * W) * C + channel;
+        constexpr int COLUMNS = (PIXELS - 1) * STRIDE + K;
+        // All at once and without branches, so that the loads wait for memory together.
+        Pack<T, 8> packs[COLUMNS];
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column) {
+            const int at_x = first * STRIDE - LEFT + column;
+            packs[column] = Pack<T, 8>{};
+            if (at_x >= 0 && at_x < W) packs[column] = *reinterpret_cast<const Pack<T, 8>*>(line + at_x * C);
+        }
         float w[K][8];
 #pragma unroll
         for (int j = 0; j < K; ++j) load<F32, 8>(weight + (i * K + j) * C + channel, w[j]);
 #pragma unroll
-        for (int column = 0; column < (PIXELS - 1) * STRIDE + K; ++column) {
-            const int at_x = first * STRIDE - LEFT + column;
-            if (at_x < 0 || at_x >= W) continue;
+        for (int column = 0; column < COLUMNS; ++column) {
+            if (BEFORE && !ADD) relu6(packs[column]);
             float v[8];
-            load<T, 8>(line + (long long)at_x * C, v);
-            if (BEFORE) {
 #pragma unroll
-                for (int c = 0; c < 8; ++c) v[c] = within(v[c], 0.f, 6.f);
+            for (int c = 0; c < 8; ++c) v[c] = T::wide(packs[column].at[c]);
+            if (ADD) {
+                const int at_x = first * STRIDE - LEFT + column;
+                const bool inside = at_x >= 0 && at_x < W;  // what lies outside is 0 after the bias, too
+#pragma unroll
+                for (int c = 0; c < 8; ++c) {
+                    const float moved = BEFORE ? within(v[c] + extra[c], 0.f, 6.f) : v[c] + extra[c];
+                    v[c] = inside ? moved : 0.f;
+                }
             }
 #pragma unroll
             for (int p = 0; p < PIXELS; ++p) {
@@ -137,6 +154,109 @@ DEVICE void read_map(const typename T::Stored* __restrict__ map, float x, float 
             for (int j = 0; j < N; ++j) sum[j] += share * v[j];
         }
         store<Y, N>(to + channel, sum);
+    }
+}
+
+// A map [B, H, W, C] twice as large each way, bilinear between the middles of cells. A thread makes 8 channels of a pixel.
+template <class T, int C, int H, int W>
+DEVICE void enlarge(const typename T::Stored* __restrict__ x, typename T::Stored* __restrict__ y, long long count) {
+    if (THREAD >= count) return;
+    const int channel = (int)(THREAD % (C / 8)) * 8;
+    long long left = THREAD / (C / 8);
+    const int column = (int)(left % (2 * W));
+    left /= 2 * W;
+    const int row = (int)(left % (2 * H));
+    const typename T::Stored* image = x + left / (2 * H) * (H * W * (long long)C) + channel;
+    const float at_y = fmaxf(row * 0.5f - 0.25f, 0.f), at_x = fmaxf(column * 0.5f - 0.25f, 0.f);
+    const int top = (int)at_y, first = (int)at_x, bottom = top + (top < H - 1), last = first + (first < W - 1);
+    const float down = at_y - top, across = at_x - first;
+    float a[8], b[8], c[8], d[8];
+    load<T, 8>(image + (top * W + first) * C, a);
+    load<T, 8>(image + (top * W + last) * C, b);
+    load<T, 8>(image + (bottom * W + first) * C, c);
+    load<T, 8>(image + (bottom * W + last) * C, d);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        a[i] = (1.f - down) * ((1.f - across) * a[i] + across * b[i]) + down * ((1.f - across) * c[i] + across * d[i]);
+    store<T, 8>(y + THREAD * 8, a);
+}
+
+// GroupNorm of cells [B, S, C] in two kernels, a warp for each piece of CELLS cells and a lane for each of G groups.
+// First mean and squared deviations of each piece, [B, pieces, G, 2] ...
+template <class T, int C, int G, int S, int CELLS>
+DEVICE void measure_cells(const typename T::Stored* __restrict__ x, float* __restrict__ measured, long long count) {
+    constexpr int EACH = C / G, N = EACH < 8 ? EACH : 8, PIECES = (S + CELLS - 1) / CELLS;
+    const long long piece = THREAD / WARP;
+    if (piece >= count) return;
+    const int begin = (int)(piece % PIECES) * CELLS, end = begin + CELLS < S ? begin + CELLS : S;
+    const typename T::Stored* image = x + piece / PIECES * (S * (long long)C);
+#pragma unroll
+    for (int group = (int)(THREAD % WARP); group < G; group += WARP) {
+        const typename T::Stored* from = image + group * EACH;
+        const float offset = T::wide(from[begin * (long long)C]);  // near the mean, so that squares stay small
+        float sum = 0.f, squares = 0.f;
+#pragma unroll 4
+        for (int cell = begin; cell < end; ++cell)
+#pragma unroll
+            for (int i = 0; i < EACH; i += N) {
+                float v[N];
+                load<T, N>(from + cell * (long long)C + i, v);
+#pragma unroll
+                for (int j = 0; j < N; ++j) {
+                    sum += v[j] - offset;
+                    squares += (v[j] - offset) * (v[j] - offset);
+                }
+            }
+        const float n = (float)((end - begin) * EACH);
+        measured[(piece * G + group) * 2] = offset + sum / n;
+        measured[(piece * G + group) * 2 + 1] = squares - sum * sum / n;
+    }
+}
+
+// ... then those of all pieces of an image together (Chan et al. 1979), and the cells normed by them.
+template <class T, int C, int G, int S, int CELLS>
+DEVICE void norm_cells(const typename T::Stored* __restrict__ x, const float* __restrict__ measured,
+                       const float* __restrict__ weight, const float* __restrict__ bias,
+                       typename T::Stored* __restrict__ y, float eps, long long count) {
+    constexpr int EACH = C / G, N = EACH < 8 ? EACH : 8, PIECES = (S + CELLS - 1) / CELLS;
+    const long long piece = THREAD / WARP;
+    if (piece >= count) return;
+    const long long image = piece / PIECES;
+    const int begin = (int)(piece % PIECES) * CELLS, end = begin + CELLS < S ? begin + CELLS : S;
+#pragma unroll
+    for (int group = (int)(THREAD % WARP); group < G; group += WARP) {
+        const float* all = measured + (image * PIECES * G + group) * 2;
+        float mean = 0.f, deviations = 0.f;
+#pragma unroll 8
+        for (int p = 0; p < PIECES; ++p)
+            mean += all[p * G * 2] * ((float)((p + 1) * CELLS <= S ? CELLS : S - p * CELLS) / S);
+#pragma unroll 8
+        for (int p = 0; p < PIECES; ++p) {
+            const float off = all[p * G * 2] - mean;
+            deviations += all[p * G * 2 + 1] + off * off * (((p + 1) * CELLS <= S ? CELLS : S - p * CELLS) * EACH);
+        }
+        const float scale = 1.f / sqrtf(deviations / ((float)S * EACH) + eps);
+#pragma unroll
+        for (int i = 0; i < EACH; i += N) {
+            const int channel = group * EACH + i;
+            float w[N], b[N];
+            load<F32, N>(weight + channel, w);
+            load<F32, N>(bias + channel, b);
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                w[j] *= scale;
+                b[j] -= mean * w[j];
+            }
+#pragma unroll 4
+            for (int cell = begin; cell < end; ++cell) {
+                const long long at = (image * S + cell) * C + channel;
+                float v[N];
+                load<T, N>(x + at, v);
+#pragma unroll
+                for (int j = 0; j < N; ++j) v[j] = v[j] * w[j] + b[j];
+                store<T, N>(y + at, v);
+            }
+        }
     }
 }
 

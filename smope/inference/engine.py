@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -201,7 +202,7 @@ class Engine:
             program.start(images, K)
         self._programs.move_to_end(key)
         table = program.table(len(images))
-        if self.kind == torch.float16 and images[0].is_cuda and not table.isfinite().all():
+        if self.kind == torch.float16 and images[0].is_cuda and not np.isfinite(table.numpy()).all():
             log.warning("a number of this network does not fit into float16: it runs in bfloat16 from now on")
             self.kind = torch.bfloat16
             self._clear()

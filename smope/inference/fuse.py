@@ -1,5 +1,5 @@
-"""Puts kernels of our own in a recorded graph: depthwise convolutions, layer norms, pose fits,
-reading of maps, and runs of small steps.
+"""Puts kernels of our own in a recorded graph: depthwise convolutions, norms, poses, reading and enlarging of
+maps, the images as they come, and runs of small steps.
 
 cuDNN takes ten times a depthwise convolution's bytes for some of them, and a run of elementwise steps costs a
 pass over memory, and at one image a start of two microseconds, for each. Results are those of PyTorch up to
@@ -12,8 +12,17 @@ from collections.abc import Callable, Sequence
 
 from torch import fx
 
-from smope.inference.fuse_maps import depthwise_convolutions, layer_norms, map_reads
-from smope.inference.fuse_poses import pose_fits
+from smope.inference.casts import hoist_casts
+from smope.inference.fuse_maps import (
+    cell_norms,
+    depthwise_convolutions,
+    enlargements,
+    layer_norms,
+    loose_biases,
+    map_reads,
+)
+from smope.inference.fuse_pictures import pictures
+from smope.inference.fuse_poses import pose_kernels
 from smope.inference.kernels import Kernel, compile_kernels
 from smope.inference.pointwise import fuse_pointwise
 from smope.inference.simplify import simplify
@@ -31,7 +40,12 @@ def fuse(
         kernels.extend(depthwise_convolutions(module))
 
     def after(module: fx.GraphModule) -> None:
-        for step in (layer_norms, pose_fits, map_reads, fuse_pointwise):
+        hoist_casts(module)
+        loose_biases(module)
+        for step in (
+            *(layer_norms, pose_kernels, map_reads, cell_norms, enlargements, pictures),
+            fuse_pointwise,  # what is left
+        ):
             kernels.extend(step(module))
 
     simplify(module, cudnn, before, after)

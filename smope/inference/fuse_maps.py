@@ -1,4 +1,4 @@
-"""Kernels of a recorded pass for feature maps: depthwise convolutions, layer norms, reading at points."""
+"""Kernels of a recorded pass for maps: depthwise convolutions, norms, enlarging, reading at points."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from smope.inference.simplify import (
     _constant,
     _is_call,
     _is_constant,
+    _is_view,
     _value,
     _wide,
 )
@@ -24,7 +25,8 @@ aten = torch.ops.aten
 
 
 def depthwise_convolutions(module: fx.GraphModule) -> list[Kernel]:
-    """With their padding, bias and the ReLU6 on either side, of maps that are stored channels last"""
+    """With their padding, bias and the ReLU6 on either side, of maps that are stored channels last; with the
+    bias of the convolution before where that ends in ReLU6"""
     kernels: list[Kernel] = []
     for node in _calls(module.graph, aten.convolution.default):
         x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
@@ -47,6 +49,7 @@ def depthwise_convolutions(module: fx.GraphModule) -> list[Kernel]:
         x = x.args[0] if first else x
         if not _channels_last(_value(x)) or not _channels_last(_value(node)):
             continue
+        before = _loose_bias(x) if first and len(x.users) == 1 else None
         (batch, channels, height, width), (_, _, down, across) = _value(x).shape, _value(node).shape
         last = _only_user(node, aten.hardtanh.default)
         active = last is not None and last.args[1:] == (0.0, 6.0)
@@ -54,14 +57,18 @@ def depthwise_convolutions(module: fx.GraphModule) -> list[Kernel]:
         shift = torch.zeros_like(_wide(weight)[:, 0, 0, 0]) if bias is None else _wide(bias)
         with module.graph.inserting_before(end):
             rows = _constant(module, _wide(weight).flatten(1).t().contiguous())  # [k k, C]
-            given = (x, rows, _constant(module, shift.contiguous()))
+            given = [x, rows, _constant(module, shift.contiguous())]
+            if before is not None:
+                given.append(_constant(module, _wide(before).contiguous()))
+                x.args = (*x.args[:2], None, *x.args[3:])
             sizes = (channels, height, width, down, across, size, stride[0], top, left)
-            flags = [str(flag).lower() for flag in (first, active)]
+            flags = [str(flag).lower() for flag in (before is not None, first, active)]
             numbers = ", ".join([TYPES[_value(x).dtype], *map(str, sizes), *flags])
             blocks = batch * -(-down // 8) * -(-across // 32) * -(-channels // 32)
+            added = "nullptr" if before is None else "x3"
             kernel = Kernel(
                 f"smope_depthwise_{len(kernels)}",
-                f"using namespace smope; depthwise<{numbers}>(x0, x1, x2, y0);",
+                f"using namespace smope; depthwise<{numbers}>(x0, x1, x2, {added}, y0);",
                 [Layout.of(_value(n)) for n in given],
                 [Layout.of(_value(end))],
                 blocks * 256,
@@ -70,6 +77,28 @@ def depthwise_convolutions(module: fx.GraphModule) -> list[Kernel]:
         kernels.append(kernel)
     module.graph.eliminate_dead_code()
     return kernels
+
+
+def loose_biases(module: fx.GraphModule) -> None:
+    """Biases of convolutions become steps of their own, as on a GPU they are: runs of small steps take them
+    in, and eight channels are read at once."""
+    for node in _calls(module.graph, aten.convolution.default):
+        bias = _loose_bias(node)
+        if bias is None or not _channels_last(_value(node)):
+            continue
+        with module.graph.inserting_before(node):
+            plain = _call(module.graph, node.target, *node.args[:2], None, *node.args[3:], val=_value(node))
+            column = _constant(module, _value(bias)[:, None, None].contiguous())
+            added = _call(module.graph, aten.add.Tensor, plain, column, val=_value(node))
+        node.replace_all_uses_with(added)
+    module.graph.eliminate_dead_code()
+
+
+def _loose_bias(node: Any) -> Any:
+    """The bias of a convolution that adds it in a pass of its own, which a product of matrices does not"""
+    if not _is_call(node, aten.convolution.default) or not _is_constant(node.args[2]):
+        return None
+    return None if _value(node.args[1]).shape[2:] == (1, 1) else node.args[2]
 
 
 def layer_norms(module: fx.GraphModule) -> list[Kernel]:
@@ -156,6 +185,79 @@ def map_reads(module: fx.GraphModule) -> list[Kernel]:
         )
         with graph.inserting_before(node):
             node.replace_all_uses_with(_call(graph, kernel, *maps, points, val=_value(node)))
+        kernels.append(kernel)
+    graph.eliminate_dead_code()
+    return kernels
+
+
+def cell_norms(module: fx.GraphModule) -> list[Kernel]:
+    """`smope::normed_cells`: GroupNorm in two kernels, a warp a piece of an image's cells"""
+    graph, kernels = module.graph, list[Kernel]()
+    for node in _calls(graph, torch.ops.smope.normed_cells.default):
+        x, weight, bias, groups, eps = node.args
+        value = _value(x)
+        batch, cells, channels = value.shape
+        each = channels // groups
+        if groups % WARP or each & (each - 1) or value.dtype not in TYPES or not value.is_contiguous():
+            continue
+        if not (_is_constant(weight) and _is_constant(bias)):
+            continue
+        piece = min(max(batch * cells // 4096, 16), 128)  # some thousands of warps
+        pieces = batch * -(-cells // piece)
+        sizes = f"smope::{TYPES[value.dtype]}, {channels}, {groups}, {cells}, {piece}"
+        stored = Layout.of(value)
+        measured = torch.empty(pieces, groups, 2, device="meta")
+        with graph.inserting_before(node):
+            affine = [_constant(module, _wide(n).contiguous()) for n in (weight, bias)]
+            measure = Kernel(
+                f"smope_measure_cells_{len(kernels)}",
+                f"smope::measure_cells<{sizes}>(x0, y0, {pieces}LL);",
+                [stored],
+                [Layout.of(measured)],
+                pieces * WARP,
+            )
+            norm = Kernel(
+                f"smope_norm_cells_{len(kernels)}",
+                f"smope::norm_cells<{sizes}>(x0, x1, x2, x3, y0, {float(eps)!r}f, {pieces}LL);",
+                [stored, Layout.of(measured), *(Layout.of(_value(n)) for n in affine)],
+                [stored],
+                pieces * WARP,
+            )
+            new = _call(graph, measure, x, val=measured)
+            new = _call(graph, norm, x, new, *affine, val=value)
+        node.replace_all_uses_with(new)
+        kernels += [measure, norm]
+    graph.eliminate_dead_code()
+    return kernels
+
+
+def enlargements(module: fx.GraphModule) -> list[Kernel]:
+    """Bilinear maps of twice the size, in the type they have before they are widened for PyTorch's"""
+    graph, kernels = module.graph, list[Kernel]()
+    for node in _calls(graph, aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default):
+        x = _uncast(node.args[0])
+        value, result = _value(x), _value(node)
+        _, channels, height, width = value.shape
+        twice = tuple(result.shape[2:]) == (2 * height, 2 * width) and not node.args[2]
+        if not twice or channels % 8 or value.dtype not in TYPES or not _channels_last(value):
+            continue
+        if any(_is_view(user) for user in node.users):  # which may want the order that PyTorch gives it
+            continue
+        made = torch.empty(result.shape, dtype=value.dtype, device="meta", memory_format=torch.channels_last)
+        count = made.numel() // 8
+        kernel = Kernel(
+            f"smope_enlarge_{len(kernels)}",
+            f"smope::enlarge<smope::{TYPES[value.dtype]}, {channels}, {height}, {width}>(x0, y0, {count}LL);",
+            [Layout.of(value)],
+            [Layout.of(made)],
+            count,
+        )
+        with graph.inserting_before(node):
+            new = _call(graph, kernel, x, val=made)
+            if made.dtype != result.dtype:
+                new = graph.call_function(aten._to_copy.default, (new,), {"dtype": result.dtype})
+                new.meta["val"] = made.to(result.dtype)
+        node.replace_all_uses_with(new)
         kernels.append(kernel)
     graph.eliminate_dead_code()
     return kernels

@@ -1,53 +1,189 @@
-"""Kernels of a recorded pass for poses: one thread or warp a pose."""
+"""Kernels of a recorded pass for poses: a warp a pose where one is fitted, else a thread a row."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from smope.inference.kernels import WARP, Kernel, Layout
+from smope.inference.kernels import TYPES, WARP, Kernel, Layout
 from smope.inference.simplify import _call, _calls, _value
 
 
-def pose_fits(module: fx.GraphModule) -> list[Kernel]:
-    """`smope::fit_pose`: a warp a pose"""
-    graph, kernels = module.graph, list[Kernel]()
-    for node in _calls(graph, torch.ops.smope.fit_pose.default):
-        *given, steps, relative = node.args
-        values = [_value(n) for n in given]
-        if any(value.dtype != torch.float32 for value in values):
-            continue
-        batch, pairs, points = values[2].shape[:3]
-        layouts = [Layout.contiguous(value) for value in values]
-        apart = []
-        for i in (2, 3, 4, 5, 6):
-            row = _row_stride(values[i], 3 if i < 5 else 2)
-            if row is not None:
-                layouts[i] = Layout.of(values[i])
-            apart.append(row or (values[i].shape[-1] if values[i].dim() > (3 if i < 5 else 2) else 1))
-        sizes = [pairs, points, steps, str(bool(relative)).lower(), *apart]
-        pointers = ", ".join(f"x{i}" for i in range(9))
-        kernel = Kernel(
-            f"smope_fit_pose_{len(kernels)}",
-            f"smope::fit_pose<{', '.join(map(str, sizes))}>({pointers}, y0, {batch * pairs}LL);",
-            layouts,
-            [Layout.contiguous(_value(node))],
-            batch * pairs * WARP,
-            aligned=False,
-        )
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(_call(graph, kernel, *given, val=_value(node)))
-        kernels.append(kernel)
-    graph.eliminate_dead_code()
+def pose_kernels(module: fx.GraphModule) -> list[Kernel]:
+    """Of the operators that work on poses; one whose kernel does not read what it is given stays as it is."""
+    kernels: list[Kernel] = []
+    for make in (_direct_poses, _anchors, _pose_fits, _pose_steps, _tables):
+        for node, kernel, given in make(module.graph):
+            with module.graph.inserting_before(node):
+                new = _call(module.graph, kernel, *given, val=node.meta.get("val"))
+            node.replace_all_uses_with(new)
+            kernels.append(kernel)
+    module.graph.eliminate_dead_code()
     return kernels
 
 
+Replacement = tuple[fx.Node, Kernel, Sequence[Any]]  # what stands for a node, and what it is called with
+
+
+def _direct_poses(graph: fx.Graph) -> Iterator[Replacement]:
+    """`smope::pose_from_values`"""
+    for number, node in enumerate(_calls(graph, _operator("pose_from_values"))):
+        *given, width, height = node.args
+        kind, *others = [_value(n).dtype for n in given]
+        if kind not in TYPES or others != [kind] * 2 + [torch.float32] * 3:
+            continue
+        rows = _Rows(given, [2] * 5 + [None])
+        batch, pairs = _value(node).shape[:2]
+        yield (
+            node,
+            Kernel(
+                f"smope_direct_pose_{number}",
+                f"smope::direct_pose<smope::{TYPES[kind]}, {pairs}, {rows.apart}>"
+                f"({rows.pointers}, y0, {width}.f, {height}.f, {batch * pairs}LL);",
+                rows.layouts,
+                [Layout.contiguous(_value(node))],
+                batch * pairs,
+                aligned=False,
+            ),
+            given,
+        )
+
+
+def _anchors(graph: fx.Graph) -> Iterator[Replacement]:
+    """`smope::place_anchors`"""
+    for number, node in enumerate(_calls(graph, _operator("place_anchors"))):
+        *given, width, height, kind = node.args
+        if kind not in TYPES or any(_value(n).dtype != torch.float32 for n in given):
+            continue
+        rows = _Rows(given, [2, 2, 3, 2, None])
+        batch, pairs, points = _value(given[2]).shape[:3]
+        made = [
+            Layout.contiguous(torch.empty(batch, pairs, points, width, dtype=dtype, device="meta"))
+            for width, dtype in ((15, kind), (2, torch.float32), (2, torch.float32))
+        ]
+        yield (
+            node,
+            Kernel(
+                f"smope_place_anchors_{number}",
+                f"smope::place_anchors<smope::{TYPES[kind]}, {pairs}, {points}, {rows.apart}>"
+                f"({rows.pointers}, y0, y1, y2, {width}.f, {height}.f, {batch * pairs * points}LL);",
+                rows.layouts,
+                made,
+                batch * pairs * points,
+                aligned=False,
+            ),
+            given,
+        )
+
+
+def _pose_fits(graph: fx.Graph) -> Iterator[Replacement]:
+    """`smope::fit_pose`"""
+    for number, node in enumerate(_calls(graph, _operator("fit_pose"))):
+        *given, steps, relative = node.args
+        if any(_value(n).dtype != torch.float32 for n in given):
+            continue
+        rows = _Rows(given, [2, 2, 3, 3, 3, 2, 2, 2, None])
+        batch, pairs, points = _value(given[2]).shape[:3]
+        numbers = f"{pairs}, {points}, {steps}, {str(bool(relative)).lower()}, {rows.apart}"
+        yield (
+            node,
+            Kernel(
+                f"smope_fit_pose_{number}",
+                f"smope::fit_pose<smope::F32, smope::F32, false, {numbers}>"
+                f"({rows.pointers}, y0, {batch * pairs}LL);",
+                rows.layouts,
+                [Layout.contiguous(_value(node))],
+                batch * pairs * WARP,
+                aligned=False,
+            ),
+            given,
+        )
+
+
+def _pose_steps(graph: fx.Graph) -> Iterator[Replacement]:
+    """`smope::step_by_layer`: `fit_pose` of one step, with offsets and weights in one tensor, and both halves
+    of the prior in one"""
+    for number, node in enumerate(_calls(graph, _operator("step_by_layer"))):
+        given = node.args
+        kinds = [_value(n).dtype for n in given]
+        moved, prior = kinds.pop(3), kinds.pop(3)
+        if any(kind != torch.float32 for kind in kinds) or not TYPES.keys() >= {moved, prior}:
+            continue
+        rows = _Rows(given, [2, 2, 3, 3, 2, 2, None])
+        batch, pairs, points = _value(given[2]).shape[:3]
+        turn, shift, point, target, held, diameter = rows.strides
+        apart = (turn, shift, point, target, target, held, held, diameter)
+        numbers = ", ".join(map(str, (pairs, points, 1, "true", *apart)))
+        yield (
+            node,
+            Kernel(
+                f"smope_step_pose_{number}",
+                f"smope::fit_pose<smope::{TYPES[moved]}, smope::{TYPES[prior]}, true, {numbers}>"
+                f"(x0, x1, x2, x3, x3 + 2, x4, x4 + 6, x5, x6, y0, {batch * pairs}LL);",
+                rows.layouts,
+                [Layout.contiguous(_value(node))],
+                batch * pairs * WARP,
+                aligned=False,
+            ),
+            given,
+        )
+
+
+def _tables(graph: fx.Graph) -> Iterator[Replacement]:
+    """`smope::make_table`"""
+    for number, node in enumerate(_calls(graph, _operator("make_table"))):
+        *given, width, height = node.args
+        kinds = [_value(n).dtype for n in given]
+        seen, sigma, scores = kinds.pop(5), kinds.pop(5), kinds.pop(0)
+        if any(k != torch.float32 for k in kinds) or seen != sigma or not TYPES.keys() >= {scores, seen}:
+            continue
+        rows = _Rows(given, [2] * 8)
+        batch, pairs = _value(node).shape[:2]
+        yield (
+            node,
+            Kernel(
+                f"smope_table_{number}",
+                f"smope::table_row<smope::{TYPES[scores]}, smope::{TYPES[seen]}, {rows.apart}>"
+                f"({rows.pointers}, y0, {width}.f, {height}.f, {batch * pairs}LL);",
+                rows.layouts,
+                [Layout.contiguous(_value(node))],
+                batch * pairs,
+                aligned=False,
+            ),
+            given,
+        )
+
+
+def _operator(name: str) -> Any:
+    """Of that name; None where nothing that defines it was imported, and so no graph can hold it"""
+    packet = getattr(torch.ops.smope, name, None)
+    return None if packet is None else packet.default
+
+
+class _Rows:
+    """How a kernel reads its inputs: each has a row for every index of as many first dimensions as `dims`
+    says; None is for one that is read as a whole."""
+
+    def __init__(self, given: Sequence[fx.Node], dims: Sequence[int | None]) -> None:
+        self.layouts, self.strides = list[Layout](), list[int]()
+        for value, of_rows in zip(map(_value, given), dims, strict=True):
+            row = None if of_rows is None else _row_stride(value, of_rows)
+            self.layouts.append(Layout.contiguous(value) if row is None else Layout.of(value))
+            if of_rows is not None:
+                self.strides.append(prod(value.shape[of_rows:]) if row is None else row)
+        self.apart = ", ".join(map(str, self.strides))
+        self.pointers = ", ".join(f"x{i}" for i in range(len(given)))
+
+
 def _row_stride(value: Tensor, dims: int) -> int | None:
-    """How far apart the rows of the first `dims` dimensions are, if it is the same everywhere"""
+    """How far apart the rows of the first `dims` dimensions are, if it is the same everywhere and each row
+    lies in one piece"""
     shape, strides = value.shape[:dims], value.stride()[:dims]
-    if value.dim() > dims and value.stride(-1) != 1:
+    if not value.flatten(0, dims - 1)[0].is_contiguous():
         return None
     row = strides[-1]
     for i in range(dims):

@@ -1,7 +1,8 @@
 """Runs of elementwise steps of a recorded graph become one kernel each.
 
 Steps join where their results have one shape and one order in memory; what they read may be broadcast or
-strided. Within a kernel numbers are float32, and rounded only where they leave it.
+strided. Within a kernel numbers are float32, and rounded only where they leave it. A step alone becomes a
+kernel too where it is large and PyTorch would read its numbers one by one, as a bias of each channel.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ FORMULAS: dict[Any, Formula] = {
     aten.rsub.Scalar: lambda a, b, alpha="1.0f": f"{b} - {a}" if alpha == "1.0f" else None,
     aten.mul.Tensor: lambda a, b: f"{a} * {b}",
     aten.div.Tensor: lambda a, b: f"{a} / {b}",
+    aten.addcmul.default: lambda a, b, c, value=1: f"{a} + {b} * {c}" if value == 1 else None,
     aten.neg.default: lambda a: f"-{a}",
     aten.abs.default: lambda a: f"fabsf({a})",
     aten.exp.default: lambda a: f"expf({a})",
@@ -84,7 +86,7 @@ def fuse_pointwise(module: fx.GraphModule) -> list[Kernel]:
     _bring_together(graph, groups)
     kernels: list[Kernel] = []
     for group in dict.fromkeys(groups.values()):
-        if len(group.nodes) > 1:
+        if len(group.nodes) > 1 or _slow_alone(group.nodes[0]):
             kernels.append(_replace(graph, group, f"smope_pointwise_{len(kernels)}"))
     graph.eliminate_dead_code()
     return kernels
@@ -110,6 +112,14 @@ def _groups(graph: fx.Graph) -> dict[fx.Node, _Group]:
         else:
             groups[node] = _Group([node])
     return groups
+
+
+def _slow_alone(node: fx.Node) -> bool:
+    """Whether this step is large, and reads eight numbers at a time here but not in PyTorch"""
+    like = node.meta["val"]
+    if like.numel() < WIDE_FROM or like.numel() % 8:
+        return False
+    return any(_packed(n.meta["val"], like) for n in node.all_input_nodes)
 
 
 def _reaches(node: fx.Node, group: _Group, groups: dict[fx.Node, _Group]) -> bool:
@@ -195,11 +205,13 @@ def _body(group: _Group, given: list[fx.Node], leaving: list[fx.Node], wide: int
     code = [f"const long long first = THREAD * {wide}; if (first >= {count}LL) return;"]
     number = {}
     straight = {n: _same_order(n.meta["val"], like) for n in given}
+    together = {n: wide > 1 and (straight[n] or _packed(n.meta["val"], like)) for n in given}
     for i, node in enumerate(given):
         kind = TYPES.get(node.meta["val"].dtype)
         number[node] = f"v{i}"
-        if wide > 1 and straight[node] and kind:
-            code.append(f"float p{i}[{wide}]; smope::load<smope::{kind}, {wide}>(x{i} + first, p{i});")
+        if together[node] and kind:
+            at = "first" if straight[node] else _offset(node.meta["val"], like, "(unsigned)first")
+            code.append(f"float p{i}[{wide}]; smope::load<smope::{kind}, {wide}>(x{i} + {at}, p{i});")
     code += [f"float q{i}[{wide}];" for i in range(len(leaving))]
     code += ["\n#pragma unroll\n"] if wide > 1 else []
     code.append(
@@ -208,10 +220,10 @@ def _body(group: _Group, given: list[fx.Node], leaving: list[fx.Node], wide: int
     )
     for i, node in enumerate(given):
         kind = TYPES.get(node.meta["val"].dtype)
-        if wide > 1 and straight[node] and kind:
+        if together[node] and kind:
             code.append(f"const float v{i} = p{i}[lane];")
         else:
-            at = "i" if straight[node] else _offset(node.meta["val"], like)
+            at = "i" if straight[node] else _offset(node.meta["val"], like, "i")
             code.append(
                 f"const float v{i} = " + (f"smope::{kind}::wide(x{i}[{at}]);" if kind else f"x{i}[{at}];")
             )
@@ -233,14 +245,27 @@ def _same_order(value: Tensor, like: Tensor) -> bool:
     return all(n == 1 or a == b for n, a, b in zip(like.shape, value.stride(), like.stride(), strict=True))
 
 
-def _offset(value: Tensor, like: Tensor) -> str:
-    """Where `value`, broadcast, has the number that stands at place i of `like`'s memory"""
+def _packed(value: Tensor, like: Tensor) -> bool:
+    """Whether eight numbers that lie together in `like` do so in `value`, broadcast, which is of another
+    order"""
+    if value.dim() > like.dim() or _same_order(value, like):
+        return False
+    steps = zip(like.shape, like.stride(), value.expand(like.shape).stride(), strict=True)
+    inner = [(size, stride) for size, step, stride in steps if step == 1 and size > 1]
+    others = [
+        s for s, step in zip(value.expand(like.shape).stride(), like.stride(), strict=True) if step != 1
+    ]
+    return len(inner) == 1 and inner[0][0] % 8 == 0 and inner[0][1] == 1 and not any(s % 8 for s in others)
+
+
+def _offset(value: Tensor, like: Tensor, i: str) -> str:
+    """Where `value`, broadcast, has the number that stands at place `i` of `like`'s memory"""
     strides = value.expand(like.shape).stride()
     terms = []
     for size, step, stride in zip(like.shape, like.stride(), strides, strict=True):
         if size > 1 and stride:
             whole = step * size == like.numel()
-            place = f"i / {step}u" if step > 1 else "i"
+            place = f"{i} / {step}u" if step > 1 else i
             terms.append(f"({place}{'' if whole else f' % {size}u'}) * {stride}u")
     return " + ".join(terms) or "0"
 
