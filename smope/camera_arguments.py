@@ -68,6 +68,8 @@ def _one_each(value: Any, count: int, dims: int, name: str) -> list[Any]:
         return [whole] * count
     if dims == 1 and whole is not None and whole.dim() == 2 and 1 in whole.shape:
         return [whole.flatten()] * count  # OpenCV writes its coefficients as [1, n] or [n, 1]
+    if whole is not None and whole.dim() == dims + 1 and len(whole) == count:
+        return list(whole)
     try:
         each = [None if one is None and name == "dist" else _tensor(one) for one in value]
     except (TypeError, ValueError, RuntimeError):
@@ -79,5 +81,14 @@ def _one_each(value: Any, count: int, dims: int, name: str) -> list[Any]:
 
 def _tensor(value: Any) -> Tensor:
     if isinstance(value, (list, tuple)):
+        if _plain(value):  # the usual case, several times as quick
+            return torch.tensor(value, dtype=torch.float64)
         return torch.stack([_tensor(one) for one in value]) if len(value) else torch.zeros(0)
     return torch.as_tensor(value, dtype=torch.float64)
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is a number of Python's, or lists of nothing else"""
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return isinstance(value, (int, float))

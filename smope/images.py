@@ -24,9 +24,9 @@ class ImageError(ValueError):
     """An image that cannot be used; the message says what was given and what is expected."""
 
 
-def load_image(source: Any, device: torch.device | None = None) -> Tensor:
+def load_image(source: Any, device: torch.device | None = None, copy: bool = True) -> Tensor:
     """uint8 [3, H, W] RGB, contiguous, on the CPU; a uint8 tensor that is on a GPU `device` already stays
-    there, and is not copied: use it before its owner writes to it.
+    there, and is not copied: use it before its owner writes to it. So, too, any tensor without `copy`.
 
     `source` is a path or a PIL image (any mode; EXIF orientation applied, 16-bit grey scaled to 8,
     transparency laid over white), an array [H, W, 3], [H, W, 4] or [H, W] of uint8 or uint16, or a
@@ -49,7 +49,7 @@ def load_image(source: Any, device: torch.device | None = None) -> Tensor:
     if isinstance(source, Image.Image):
         return _from_pil(source)
     if isinstance(source, Tensor):
-        return _from_tensor(source, device)
+        return _from_tensor(source, device, copy)
     if isinstance(source, np.ndarray):
         return _from_array(source)
     hint = ""
@@ -63,12 +63,14 @@ def load_image(source: Any, device: torch.device | None = None) -> Tensor:
     )
 
 
-def load_images(sources: Sequence[Any], device: torch.device | None = None) -> list[Tensor]:
+def load_images(
+    sources: Sequence[Any], device: torch.device | None = None, copy: bool = True
+) -> list[Tensor]:
     """`load_image` of each; an error says which of them it is."""
     loaded = []
     for number, source in enumerate(sources, start=1):
         try:
-            loaded.append(load_image(source, device))
+            loaded.append(load_image(source, device, copy))
         except ImageError as error:
             raise ImageError(f"image {number} of {len(sources)}: {error}") from error
     return loaded
@@ -121,8 +123,8 @@ def _from_array(array: NDArray[Any]) -> Tensor:
     if array.shape[2] == 4:
         alpha = array[..., 3:].astype(np.float32) / 255
         array = np.rint(array[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    rgb = np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)).transpose(2, 0, 1))
-    return torch.from_numpy(rgb.copy())
+    rgb = np.broadcast_to(array, (*array.shape[:2], 3)).transpose(2, 0, 1)
+    return torch.from_numpy(np.array(rgb, order="C"))
 
 
 def _to_eight_bits(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
@@ -130,7 +132,7 @@ def _to_eight_bits(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     return np.rint(values.astype(np.float32) / 257).astype(np.uint8)
 
 
-def _from_tensor(tensor: Tensor, device: torch.device | None) -> Tensor:
+def _from_tensor(tensor: Tensor, device: torch.device | None, copy: bool) -> Tensor:
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
         hint = "; pass a batch as a list of images" if tensor.ndim == 4 else ""
         hint = "; call .permute(2, 0, 1)" if tensor.ndim == 3 and tensor.shape[2] in (1, 3) else hint
@@ -155,4 +157,5 @@ def _from_tensor(tensor: Tensor, device: torch.device | None) -> Tensor:
     if pixels.dtype != torch.uint8:
         raise ImageError(f"a tensor of {pixels.dtype} given, uint8 or float in 0..1 expected")
     pixels = pixels.expand(3, -1, -1).contiguous()
-    return pixels if stays and pixels.is_cuda else pixels.clone()
+    shared = pixels.data_ptr() == tensor.data_ptr()
+    return pixels.clone() if shared and copy and not pixels.is_cuda else pixels

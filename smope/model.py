@@ -314,10 +314,12 @@ class SMOPE:
     def _predict(self, image: Any, K: Any, fov: Any, dist: Any, threshold: float, top_k: int) -> Any:
         tokens = self._ready()
         many = isinstance(image, (list, tuple))
-        pictures = load_images(image, self.device) if many else [load_image(image, self.device)]
+        device = self.device
+        # Read before this returns, so none is copied.
+        pictures = load_images(image, device, False) if many else [load_image(image, device, False)]
         cameras = cameras_from(pictures, K, fov, dist, self.config)
         results: list[Poses | None] = [None] * len(pictures)
-        trained, slack, device = self.config.image_size, size_slack(self.network.config), self.device
+        trained, slack = self.config.image_size, size_slack(self.network.config)
         prepared = [image_input(p, c, trained, slack, device) for p, c in zip(pictures, cameras, strict=True)]
         by_shape: dict[tuple[Any, ...], list[int]] = {}
         for i, (tensor, _) in enumerate(prepared):

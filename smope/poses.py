@@ -89,6 +89,19 @@ class Poses:
             if tensor.dtype != dtype:
                 raise PosesError(f"Poses.{name}: {tensor.dtype} given, {dtype} expected")
 
+    @classmethod
+    def unchecked(
+        cls,
+        names: tuple[str, ...],
+        camera: Camera,
+        objects: Mapping[str, ObjectModel],
+        columns: Mapping[str, Tensor],
+    ) -> Poses:
+        """Of what is known to fit; a look at each array would take longer than to make it."""
+        poses = object.__new__(cls)
+        vars(poses).update(columns, names=names, camera=camera, objects=objects)
+        return poses
+
     def __len__(self) -> int:
         return len(self.names)
 

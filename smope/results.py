@@ -6,6 +6,7 @@ A table holds all pairs of a batch, a row each; reading it is the only time that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from smope.camera import Camera
 from smope.geometry.boxes import cxcywh_to_xyxy
 from smope.networks.outputs import take
 from smope.networks.pose_head import unit_to_pixels
+from smope.networks.recorded import recorded_whole
 from smope.networks.rivals import best_first
 from smope.objects import ObjectModel
 from smope.poses import Poses
@@ -40,19 +42,47 @@ def find_table(
         images = images.float() / 255.0
     found, frame = find(network, images, K, tokens, top_k, lowest)
     pose = found.pairs.poses[-1]
-    corners = unit_to_pixels(cxcywh_to_xyxy(found.boxes.float()).unflatten(-1, (2, 2)), frame).flatten(-2)
-    columns = [
-        found.scores[..., None],
-        found.labels[..., None],
-        corners,
-        pose.rotation.flatten(-2),
+    make = make_table_whole if recorded_whole() else make_table
+    table = make(
+        found.scores,
+        found.labels.float(),
+        found.boxes.float(),
+        pose.rotation,
         pose.translation,
-        found.pairs.visibility_logit[..., None],
+        found.pairs.visibility_logit,
         found.pairs.log_sigma,
         torch.ones_like(pose.translation) if pose.scale is None else pose.scale,
-    ]
-    table = torch.cat([column.float() for column in columns], -1)
+        *frame,
+    )
     return table if found.pairs.score_shift is None else take(table, best_first(found.scores))
+
+
+def make_table(
+    scores: Tensor,
+    labels: Tensor,
+    boxes: Tensor,
+    rotation: Tensor,
+    translation: Tensor,
+    visibility: Tensor,
+    log_sigma: Tensor,
+    scale: Tensor,
+    width: int,
+    height: int,
+) -> Tensor:
+    """scores, labels and visibility [B, P], boxes [B, P, 4] cxcywh in 0..1 of so many pixels, rotation
+    [B, P, 3, 3], translation [B, P, 3], log_sigma [B, P, 2], scale [B, P, 3] -> [B, P, 24] float32"""
+    corners = unit_to_pixels(cxcywh_to_xyxy(boxes).unflatten(-1, (2, 2)), (width, height)).flatten(-2)
+    columns = [scores[..., None], labels[..., None], corners, rotation.flatten(-2), translation]
+    columns += [visibility[..., None], log_sigma, scale]
+    return torch.cat([column.float() for column in columns], -1)
+
+
+make_table_whole = torch.library.custom_op("smope::make_table", make_table, mutates_args=())
+
+
+@make_table_whole.register_fake
+def _(scores: Tensor, *rest: object) -> Tensor:
+    return scores.new_empty(*scores.shape, 24, dtype=torch.float32)
 
 
 def read_table(
@@ -69,9 +99,11 @@ def read_table(
     keep = _distinct(every[..., 2:6], every[..., 1], every[..., 0] >= threshold)  # [B, P]
     rows = every[keep]  # [N, 24]
     labels = rows[:, 1].astype(np.int64)
-    names, models = tuple(objects), tuple(objects.values())
-    middle = np.array([models[i].centre.tolist() for i in labels], np.float32).reshape(-1, 3)
-    diameters = np.array([models[i].diameter for i in labels], np.float32)
+    which, names, models = labels.tolist(), tuple(objects), tuple(objects.values())
+    geometry = np.zeros((len(models), 4), np.float32)  # centre and diameter of those that were found
+    for i in set(which):
+        geometry[i] = (*models[i].centre.tolist(), models[i].diameter)
+    middle, diameters = geometry[labels, :3], geometry[labels, 3]
     rotation, centre, log_sigma = rows[:, 6:15].reshape(-1, 3, 3), rows[:, 15:18], rows[:, 19:21]
     scale = rows[:, 21:24].copy()
     # The size of the stretched mesh: smope/geometry/stretch.py.
@@ -79,8 +111,9 @@ def read_table(
     T_CO = np.zeros((len(rows), 4, 4), np.float32)
     T_CO[:, :3, :3], T_CO[:, 3, 3] = rotation, 1.0
     T_CO[:, :3, 3] = centre - (rotation @ middle[..., None])[..., 0]
-    expected = np.exp(np.clip(log_sigma, -6.0, 3.0))
-    sigma = np.stack([np.rad2deg(expected[:, 0]), expected[:, 1] * diameters], -1)
+    sigma = np.exp(np.clip(log_sigma, -6.0, 3.0))
+    sigma[:, 0] = np.rad2deg(sigma[:, 0])
+    sigma[:, 1] *= diameters
     columns = {
         "labels": labels,
         "scores": rows[:, 0].copy(),
@@ -92,38 +125,42 @@ def read_table(
     }
     tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
     tensors["visibility"] = tensors["visibility"].sigmoid()
-    found, end = [], 0
-    for count, seen, camera in zip(keep.sum(1).tolist(), scaled, cameras, strict=True):
-        begin, end = end, end + count
-        own = {name: tensor[begin:end] for name, tensor in tensors.items()}
+    counts = keep.sum(1).tolist()
+    parts = {name: tensor.split_with_sizes(counts) for name, tensor in tensors.items()}
+    found, called = [], iter([names[i] for i in which])
+    for i, (count, seen, camera) in enumerate(zip(counts, scaled, cameras, strict=True)):
+        own = {name: part[i] for name, part in parts.items()}
         own["boxes_xyxy"] = to_photo(own["boxes_xyxy"], seen, camera)
-        own_names = tuple(names[i] for i in labels[begin:end])
-        found.append(Poses(names=own_names, camera=camera, objects=objects, **own))
+        found.append(Poses.unchecked(tuple(islice(called, count)), camera, objects, own))
     return found
 
 
 def _distinct(boxes: Floats, labels: Floats, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """[B, N]: those of `wanted` that no better one (they come best first) covers."""
     keep = wanted.copy()
-    count = wanted.shape[1]
-    later = np.arange(count)[:, None] < np.arange(count)
-    image, better, worse = np.nonzero(wanted[:, :, None] & wanted[:, None] & later)
-    alike = labels[image, better] == labels[image, worse]
+    count = int(np.flatnonzero(wanted.any(0)).max(initial=-1)) + 1  # those behind it are not wanted anywhere
+    boxes, labels = boxes[:, :count], labels[:, :count]
+    alike = labels[:, :, None] == labels[:, None]
     most = np.where(alike, OVERLAP_OF_ONE, OVERLAP_OF_TWO_NAMES)
-    covered = _overlaps(boxes[image, better], boxes[image, worse]) > most
-    for i, one, other in zip(*(of[covered].tolist() for of in (image, better, worse)), strict=True):
-        if keep[i, one]:
-            keep[i, other] = False
+    later = np.arange(count)[:, None] < np.arange(count)
+    covered = (_overlaps(boxes) > most) & later & wanted[:, None, :count]
+    pairs = np.unravel_index(np.flatnonzero(covered), covered.shape)  # several times as quick as np.nonzero
+    kept = keep.data  # in which single items are quick to read and to write
+    for i, better, worse in zip(*(of.tolist() for of in pairs), strict=True):
+        if kept[i, better]:
+            kept[i, worse] = False
     return keep
 
 
-def _overlaps(a: Floats, b: Floats) -> Floats:
-    """[N, 4] xyxy, pair by pair -> [N] IoU"""
-    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    common, *areas = (
-        np.prod(np.maximum(s, 0), -1) for s in (sides, a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2])
-    )
-    overlaps: Floats = common / np.maximum(areas[0] + areas[1] - common, 1e-9)
+def _overlaps(boxes: Floats) -> Floats:
+    """[B, N, 4] xyxy -> [B, N, N] IoU of each with each"""
+    edges = np.ascontiguousarray(boxes.transpose(2, 0, 1))
+    low, high = edges[:2], edges[2:]
+    sides = np.minimum(high[..., None], high[..., None, :]) - np.maximum(low[..., None], low[..., None, :])
+    np.maximum(sides, 0, out=sides)
+    common = sides[0] * sides[1]
+    areas = common.diagonal(axis1=1, axis2=2)
+    overlaps: Floats = common / np.maximum(areas[:, :, None] + areas[:, None] - common, 1e-9)
     return overlaps
 
 

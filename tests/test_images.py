@@ -32,6 +32,13 @@ def test_the_result_does_not_share_the_users_memory():
     assert loaded.sum() > 0
 
 
+def test_a_tensor_is_copied_where_it_must_be_and_once():
+    image = torch.from_numpy(RGB).permute(2, 0, 1).contiguous()
+    assert load_image(image).data_ptr() != image.data_ptr()
+    assert load_image(image, copy=False).data_ptr() == image.data_ptr()
+    assert load_image(image[:, ::2], copy=False).is_contiguous()
+
+
 def test_sixteen_bit_grey_is_scaled(tmp_path):
     deep = np.array([[0, 257], [32896, 65535]], np.uint16)
     path = tmp_path / "deep.png"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import trimesh
@@ -49,3 +51,27 @@ def test_an_object_comes_once_and_under_one_name(
     assert [list(OBJECTS).index(name) for name in poses.names] == [rows[i][1] for i in kept]
     np.testing.assert_allclose(poses.boxes_xyxy.numpy(), np.array([boxes[i] for i in kept]).reshape(-1, 4))
     np.testing.assert_allclose(poses.scores.numpy(), np.array([rows[i][0] for i in kept]))
+
+
+def test_images_of_a_batch_are_read_as_each_alone() -> None:
+    """Also where they have unlike numbers of rows above the threshold, none among them"""
+    rng = np.random.default_rng(0)
+    table = torch.from_numpy(rng.normal(size=(5, 9, 24)).astype(np.float32))
+    scores = -np.sort(-rng.random((5, 9))) * np.array([1, 0.2, 1, 0.6, 0.9])[:, None]
+    table[..., 0] = torch.from_numpy(scores)
+    table[..., 1] = torch.from_numpy(rng.integers(0, 3, (5, 9)))
+    corner = torch.from_numpy(rng.integers(0, 3, (5, 9, 2)))
+    table[..., 2:4], table[..., 4:6], table[..., 21:24] = corner, corner + 40, table[..., 21:24].exp()
+    cameras = [CAMERA, CAMERA, CAMERA.resize((1280, 960)), CAMERA, CAMERA]
+    together = read_table(table, [CAMERA] * 5, cameras, OBJECTS, 0.4)
+    counts = []
+    for i, poses in enumerate(together):
+        [alone] = read_table(table[i : i + 1], [CAMERA], cameras[i : i + 1], OBJECTS, 0.4)
+        assert poses.names == alone.names
+        assert poses.camera is cameras[i]
+        for name, column in poses.numpy().items():
+            np.testing.assert_array_equal(column, alone.numpy()[name])
+        replace(poses)  # which looks at every array
+        counts.append(len(poses))
+    assert counts[1] == 0
+    assert len(set(counts)) > 2
