@@ -148,10 +148,10 @@ class SMOPE:
 
     @property
     def fast(self) -> bool:
-        """Whether `predict` records the network once for each shape of images (a second or two, which the
-        log tells), and from then on replays it, on a GPU as a CUDA graph in float16. False, the default,
-        computes in float32, operator by operator."""
-        return self._engine.fast
+        """Whether `predict` records the network once for each shape of images (some seconds, which the log
+        tells), and from then on replays it, on a GPU as a CUDA graph in float16: the default there. False
+        computes in float32, operator by operator: the default elsewhere."""
+        return self.device.type == "cuda" if self._engine.fast is None else self._engine.fast
 
     @fast.setter
     def fast(self, value: bool) -> None:
@@ -344,7 +344,7 @@ class SMOPE:
         if dtype != torch.float32:
             raise ValueError(
                 f"a network in {dtype} given, torch.float32 expected: call model.network.float(); "
-                "model.fast = True computes in 16 bits on a GPU"
+                "the fast pass (model.fast) computes in 16 bits on a GPU"
             )
         return self._tokens
 

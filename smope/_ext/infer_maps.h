@@ -226,15 +226,16 @@ DEVICE void norm_cells(const typename T::Stored* __restrict__ x, const float* __
 #pragma unroll
     for (int group = (int)(THREAD % WARP); group < G; group += WARP) {
         const float* all = measured + (image * PIECES * G + group) * 2;
-        float mean = 0.f, deviations = 0.f;
-#pragma unroll 8
-        for (int p = 0; p < PIECES; ++p)
-            mean += all[p * G * 2] * ((float)((p + 1) * CELLS <= S ? CELLS : S - p * CELLS) / S);
+        const float offset = all[0];  // near the mean
+        float sum = 0.f, deviations = 0.f;
 #pragma unroll 8
         for (int p = 0; p < PIECES; ++p) {
-            const float off = all[p * G * 2] - mean;
-            deviations += all[p * G * 2 + 1] + off * off * (((p + 1) * CELLS <= S ? CELLS : S - p * CELLS) * EACH);
+            const float n = (float)((p + 1) * CELLS <= S ? CELLS : S - p * CELLS), off = all[p * G * 2] - offset;
+            sum += n * off;
+            deviations += all[p * G * 2 + 1] + n * EACH * off * off;
         }
+        const float mean = offset + sum / S;
+        deviations -= sum * sum / S * EACH;
         const float scale = 1.f / sqrtf(deviations / ((float)S * EACH) + eps);
 #pragma unroll
         for (int i = 0; i < EACH; i += N) {

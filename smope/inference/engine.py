@@ -134,7 +134,7 @@ class Engine:
     def __init__(self, network: Network) -> None:
         self.network = network
         self._weights = [*network.parameters(), *network.buffers()]
-        self.fast = False
+        self.fast: bool | None = None  # None: on a GPU
         self.kind = torch.float16  # eight times nearer to float32 than bfloat16, at the same speed
         self._programs: OrderedDict[Key, Program] = OrderedDict()  # the one used last at the end
         self._asked: Counter[Key] = Counter()
@@ -162,7 +162,8 @@ class Engine:
     ) -> Tensor:
         """images B x [3, H, W] on the device, uint8 or 0..1, K [B, 3, 3] pixels on the CPU -> table
         [B, P, 24] on the CPU; pairs that score below `lowest` may be missing"""
-        if not self.fast or self._refused:
+        fast = images[0].is_cuda if self.fast is None else self.fast
+        if not fast or self._refused:
             return self._eager(images, K, tokens, top_k, lowest)
         with self._lock:
             starts = range(0, len(images), LARGEST_BATCH)

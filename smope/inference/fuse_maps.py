@@ -202,7 +202,7 @@ def cell_norms(module: fx.GraphModule) -> list[Kernel]:
             continue
         if not (_is_constant(weight) and _is_constant(bias)):
             continue
-        piece = min(max(batch * cells // 4096, 16), 128)  # some thousands of warps
+        piece = min(max(batch * cells // 4096, 32), 128)  # some thousands of warps, or few to sum up
         pieces = batch * -(-cells // piece)
         sizes = f"smope::{TYPES[value.dtype]}, {channels}, {groups}, {cells}, {piece}"
         stored = Layout.of(value)
