@@ -159,9 +159,6 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--workers", type=int, help="default: the recipe's")
     parser.add_argument("--compile", nargs="*", help="submodules to compile; default: the recipe's")
-    parser.add_argument(
-        "--graph", action=argparse.BooleanOptionalAction, help="as a CUDA graph; default: the recipe's"
-    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     return parser
 
@@ -207,7 +204,6 @@ def planned(plan: Recipe, options: argparse.Namespace, steps: int) -> Recipe:
         "batch_size": options.batch_size,
         "workers": options.workers,
         "compile": None if options.compile is None else tuple(options.compile),
-        "graph": options.graph,
     }
     run = replace(
         plan.run,
@@ -286,7 +282,6 @@ def result(options: argparse.Namespace, plan: Recipe, loop: TimedLoop) -> dict[s
         "batch": plan.run.batch_size,
         "workers": plan.run.workers,
         "compile": list(plan.run.compile),
-        "graph": plan.run.graph,
         "steps": steps,
         "images_s": round(steps * plan.run.batch_size / loop.seconds, 1),
         "step_ms": round(loop.seconds / steps * 1e3, 2),
@@ -314,7 +309,6 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
 
 def page(row: dict[str, Any]) -> str:
     compiled = ", ".join(row["compile"]) or "nothing"
-    compiled += ", replayed as a CUDA graph" if row["graph"] else ""
     memory = f", peak memory {row['peak_device_gib']} GiB" if row["peak_device_gib"] is not None else ""
     lines = [
         f"\n## {row['images_s']} images/s: {row['device']}, {row['date']}\n",

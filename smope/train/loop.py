@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smope.train.batches import next_of, opened
 from smope.train.checkpoint import CheckpointError, load_latest, save_checkpoint, save_small
 from smope.train.curves import Curves, write_record
 from smope.train.distributed import Ranks
 from smope.train.ema import Ema
-from smope.train.graphed import Gradients
 from smope.train.meter import Meter
 from smope.train.optim import GuardedAdamW
 from smope.train.recipe import OptimConfig, RunConfig
@@ -146,13 +144,10 @@ class Loop:
             options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True, "static_graph": True}
             # No device_ids: batches are on their device already.
             self.step_module = DistributedDataParallel(alone, **options)
-        graph = self.config.graph and self.ranks.device.type == "cuda" and self.ranks.world == 1
-        self._gradients = Gradients(self.step_module, graph)
         try:
             yield
         finally:
             self.step_module = alone
-            del self._gradients
 
     # -- where a run begins ---------------------------------------------------------------------------------
 
@@ -212,7 +207,7 @@ class Loop:
             stack.enter_context(self._parallel())
             interrupt = stack.enter_context(interruptible())
             batches = stack.enter_context(opened(self.stream(self.state.step)))
-            batch, _ = next_of(batches)  # workers start and shaders compile before the clock does
+            batch, _ = _next(batches)  # workers start and shaders compile before the clock does
             waited = 0.0
             if main:
                 self._open_records(stack)
@@ -242,14 +237,15 @@ class Loop:
                 if main and now - last_save >= config.save_seconds:
                     self._aside(self.save)
                     last_save = time.perf_counter()
-                batch, waited = next_of(batches)
+                batch, waited = _next(batches)
             if main:
                 self._finish(finished, interrupt.asked)
         return LoopResult(finished, interrupt.asked, self.state, self.scores)
 
     def _one_step(self, batch: Any, progress: float, waited: float) -> float:
         rate = self.optimiser.set_factor(self.schedule.factor(self.state.warm_steps, progress))
-        loss, parts = self._gradients(batch)
+        loss, parts = self.step_module(batch)
+        loss.backward()
         norm = self.optimiser.step()
         if self.ranks.is_main:
             self.ema.update()
@@ -379,3 +375,26 @@ class Loop:
             torch.set_rng_state(cpu)
         if device is not None and self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(device, self.ranks.device)
+
+
+@contextmanager
+def opened(batches: Iterable[Any]) -> Iterator[Iterator[Any]]:
+    """Iterate, and close what can be closed: streams own worker processes."""
+    iterator = iter(batches)
+    try:
+        yield iterator
+    finally:
+        for owner in (iterator, batches):
+            if close := getattr(owner, "close", None):
+                close()
+
+
+def _next(batches: Iterator[Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    try:
+        batch = next(batches)
+    except StopIteration:
+        raise RuntimeError(
+            "the stream of batches ended before the run did; training needs an endless one"
+        ) from None
+    return batch, time.perf_counter() - began

@@ -149,8 +149,9 @@ class Objective:
         surface[..., 6:9] = (surface[..., 6:9] * gain).clamp(0, 1)
         surface[..., 6:] = surface[..., 6:] * shown
         # The first points of the farthest-point order cover the surface; half of the steps take others.
-        # A choice on the device: a step that is replayed makes it anew each time.
-        spread = torch.where(torch.rand((), device=device) < 0.5, order, torch.arange(points, device=device))
+        spread = (
+            order.clone() if torch.rand(()) < 0.5 else torch.arange(points, device=device).expand(meshes, -1)
+        )
         anchors = surfaces.gather(1, spread[:, :anchor_count, None].expand(-1, -1, 10))[..., :9]
         anchors = torch.cat([anchors[..., :6], anchors[..., 6:] * shown], -1)
         return MeshInputs(surface, diameters, anchors)

@@ -69,7 +69,6 @@ class RunConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     channels_last: bool = True
     compile: tuple[str, ...] = ()  # submodules to give to torch.compile, by name
-    graph: bool = False  # replay each step as a CUDA graph, where one process trains on a GPU
     log_every: int = 50  # steps
     eval_minutes: float = 2.0  # 0: at the end only
     eval_images: int = 256
