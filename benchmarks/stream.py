@@ -3,11 +3,11 @@
     python benchmarks/stream.py --images 2000 --soak 20000 --soak-seconds 60 --out benchmarks/stream.md
 
 The files are JPEGs of the bundled picture at 640x480, made on the spot, each shifted by some pixels.
-"network" is its forward pass on tensors that lie on the device, "predict" from decoded images in memory to
-poses, "stream" from files to poses, "file" from files to lines of JSON, each over the same batches for
---images images or --seconds seconds, whichever is less. The soak is "file" again, over --soak images (64
-files again and again) or until --soak-seconds: this process's memory, and the device's, are told some
-twenty times; they must not grow.
+"network" is the pass that `predict` runs, on images that lie on the device, "predict" from decoded images
+in memory to poses, "stream" from files to poses, "file" from files to lines of JSON, each over the same
+batches for --images images or --seconds seconds, whichever is less. The soak is "file" again, over --soak
+images (64 files again and again) or until --soak-seconds: this process's memory, and the device's, are told
+some twenty times; they must not grow.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ import torch
 from PIL import Image, ImageChops
 
 from smope import SMOPE
-from smope.architectures import find
 from smope.defaults import LOWEST_SCORE, TOP_K
 from smope.images import load_image
-from smope.ops.cpu_forms import cpu_forms
 from smope.results_file import ResultsFile, result_line
 
 DEMO = Path(__file__).parent.parent / "smope" / "assets" / "demo.png"
@@ -110,19 +108,17 @@ def rates(
     device, batch = model.device, given.batch
     batches = max(2, given.images // batch)
     decoded = [load_image(path) for path in islice(cycle(paths), batch)]
-    images = torch.stack(decoded).to(device, memory_format=torch.channels_last).float() / 255
-    K = torch.tensor(model.config.K, device=device).expand(batch, 3, 3)
+    images = [picture.to(device) for picture in decoded]
+    K = torch.tensor(model.config.K).expand(batch, 3, 3)
 
     def sources() -> Iterator[Path]:
         return islice(cycle(paths), batches * batch)
 
     def network() -> Iterator[int]:
         assert model._tokens is not None
-        on_cpu = device.type == "cpu"
-        lowest = LOWEST_SCORE if on_cpu else 0.0  # as `predict` does
         for _ in range(batches):
-            with torch.no_grad(), cpu_forms(on_cpu):
-                find(model.network, images, K, model._tokens, TOP_K, lowest)
+            with torch.no_grad():
+                model._engine(images, K, model._tokens, TOP_K, LOWEST_SCORE)
             yield batch
 
     def predict() -> Iterator[int]:

@@ -93,6 +93,21 @@ def test_streets_are_told_by_class(root: Path) -> None:
     assert all("|".join(line) in (root / "README.md").read_text().replace(" | ", "|") for line in lines)
 
 
+def test_speed_is_told_by_way(root: Path) -> None:
+    ours = {"network": "smope-s", "batch": 32, "first": 9.0, "least": 0.1, "MiB": 1.0}
+    peer = {**ours, "network": "transformers' DeformableDetr (no poses)", "way": "TF32", "median": 0.25}
+    main = [{**ours, "way": "fast", "median": 0.016}, peer, {**ours, "way": "other", "median": 1.0}]
+    about = {"date": "2026-12-01", "device": "a GPU", "torch": "2.11", "size": "640x480", "main": main}
+    (root / "benchmarks" / "predict.json").write_text(json.dumps(about))
+    (root / "README.md").write_text(README + f"<!-- table: speed -->\n{END}")
+    assert run(root).returncode == 0
+    text = (root / "README.md").read_text()
+    assert cells(text, "**smope `lmo`**, image to poses, as by default")[1:] == ["32", "16.00", "2000"]
+    assert cells(text, "transformers' Deformable DETR, boxes alone, TF32")[1:] == ["32", "250.00", "128"]
+    assert "other" not in text
+    assert "2026-12-01, a GPU, torch 2.11, 640x480" in text
+
+
 def row(targets: int, mssd: float, mspd: float, add: float | None) -> dict[str, Any]:
     return {"targets": targets, "AR_MSSD": mssd, "AR_MSPD": mspd, "ADD(-S)": add, "found": 0.5}
 

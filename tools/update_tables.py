@@ -4,9 +4,10 @@
     python tools/update_tables.py --check   # changes nothing; fails if one is stale
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Its figures come from
-`benchmarks/peers.json` and from the `scores.json` of the bundled weights, which must be of the very file of
-weights that lies beside it: `smope evaluate` wrote it or, for streets, `benchmarks/kitti.py`. Those of a
-training run come from the `run.json` and `curves.csv` that `smope fit` wrote.
+`benchmarks/peers.json`, from `benchmarks/predict.json`, which `benchmarks/predict.py` wrote, and from the
+`scores.json` of the bundled weights, which must be of the very file of weights that lies beside it: `smope
+evaluate` wrote it or, for streets, `benchmarks/kitti.py`. Those of a training run come from the `run.json`
+and `curves.csv` that `smope fit` wrote.
 """
 
 from __future__ import annotations
@@ -212,6 +213,27 @@ def _street_cell(row: dict[str, Any], key: str) -> str:
     return form.format(row[key]) + span
 
 
+def speed_table(root: Path) -> list[str]:
+    """Of `benchmarks/predict.py`: image to poses on a GPU, and the peer's detector alone"""
+    record = _read(root / "benchmarks" / "predict.json")
+    named = {
+        ("smope-s", "fast"): "**smope `lmo`**, image to poses, as by default",
+        ("smope-s", "eager"): "smope `lmo`, image to poses, `fast = False`",
+        ("smope-paper", "fast"): "the authors' network, untrained, image to poses",
+    }
+    rows = []
+    for row in record["main"]:
+        name = named.get((row["network"], row["way"]))
+        if name is None and row["network"].startswith("transformers"):
+            name = f"transformers' Deformable DETR, boxes alone, {row['way']}"
+        if name is not None:
+            rate = f"{row['batch'] / row['median']:.0f}"
+            rows.append([name, str(row["batch"]), f"{1e3 * row['median']:.2f}", rate])
+    source = f"{record['date']}, {record['device']}, torch {record['torch']}, {record['size']}"
+    lines = _table(["", "images a call", "ms a call", "images/s"], rows)
+    return [*lines, "", f"{source}: `python benchmarks/predict.py`"]
+
+
 def training_table(record: Path) -> list[str]:
     """Scores on held-out renders as training went on."""
     pieces = _read(record / "run.json")["pieces"]
@@ -272,6 +294,7 @@ def documents(root: Path) -> dict[Path, str]:
         "models": lambda: models_table(root),
         "lmo": lambda: lmo_table(root),
         "streets": lambda: streets_table(root),
+        "speed": lambda: speed_table(root),
     }
     result = {readme: updated(readme.read_text(encoding="utf-8"), tables, readme)}
     for model in bundled_models(root):

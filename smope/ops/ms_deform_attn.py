@@ -120,8 +120,9 @@ def sampling_locations(spatial_shapes: Shapes, reference: Tensor, offsets: Tenso
     if reference.shape[-1] == 4:
         points = offsets.shape[4]
         return reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
-    sizes = offsets.new_tensor([(w, h) for h, w in spatial_shapes])  # [L, 2]
-    return reference + offsets / sizes[:, None, :]
+    # Not copied from the host, which would have to wait, and could not while a CUDA graph is captured.
+    sizes = torch.cat([offsets.new_full((1,), float(size)) for h, w in spatial_shapes for size in (w, h)])
+    return reference + offsets / sizes.view(-1, 1, 2)
 
 
 def ms_deform_attn_core(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
