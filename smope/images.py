@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -79,13 +79,15 @@ def load_images(
 def _from_pil(image: Image.Image) -> Tensor:
     if 0 in image.size:
         raise ImageError(f"an image of {image.width} x {image.height} pixels given, at least 1 x 1 expected")
-    upright = ImageOps.exif_transpose(image)
+    # Each of the two would copy where there is nothing to do, and keep other threads from decoding meanwhile.
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    upright = ImageOps.exif_transpose(image) if turned else image
     if upright.mode.startswith("I") or upright.mode == "F":
         return _from_array(_deep_grey(upright))
     if upright.has_transparency_data:
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return _from_array(np.asarray(upright.convert("RGB")))
+    return _from_array(np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB")))
 
 
 def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
