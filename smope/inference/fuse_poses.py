@@ -29,6 +29,14 @@ def pose_kernels(module: fx.GraphModule) -> list[Kernel]:
 Replacement = tuple[fx.Node, Kernel, Sequence[Any]]  # what stands for a node, and what it is called with
 
 
+def _replaced(
+    node: fx.Node, name: str, body: str, rows: _Rows, threads: int, made: Sequence[Layout] = ()
+) -> Replacement:
+    """`made`: layouts of several results; one is as the node has it"""
+    made = made or [Layout.contiguous(_value(node))]
+    return node, Kernel(name, body, rows.layouts, made, threads, aligned=False), rows.given
+
+
 def _direct_poses(graph: fx.Graph) -> Iterator[Replacement]:
     """`smope::pose_from_values`"""
     for number, node in enumerate(_calls(graph, _operator("pose_from_values"))):
@@ -38,19 +46,11 @@ def _direct_poses(graph: fx.Graph) -> Iterator[Replacement]:
             continue
         rows = _Rows(given, [2] * 5 + [None])
         batch, pairs = _value(node).shape[:2]
-        yield (
-            node,
-            Kernel(
-                f"smope_direct_pose_{number}",
-                f"smope::direct_pose<smope::{TYPES[kind]}, {pairs}, {rows.apart}>"
-                f"({rows.pointers}, y0, {width}.f, {height}.f, {batch * pairs}LL);",
-                rows.layouts,
-                [Layout.contiguous(_value(node))],
-                batch * pairs,
-                aligned=False,
-            ),
-            given,
+        body = (
+            f"smope::direct_pose<smope::{TYPES[kind]}, {pairs}, {rows.apart}>"
+            f"({rows.pointers}, y0, {width}.f, {height}.f, {batch * pairs}LL);"
         )
+        yield _replaced(node, f"smope_direct_pose_{number}", body, rows, batch * pairs)
 
 
 def _anchors(graph: fx.Graph) -> Iterator[Replacement]:
@@ -62,22 +62,14 @@ def _anchors(graph: fx.Graph) -> Iterator[Replacement]:
         rows = _Rows(given, [2, 2, 3, 2, None])
         batch, pairs, points = _value(given[2]).shape[:3]
         made = [
-            Layout.contiguous(torch.empty(batch, pairs, points, width, dtype=dtype, device="meta"))
-            for width, dtype in ((15, kind), (2, torch.float32), (2, torch.float32))
+            Layout.contiguous(torch.empty(batch, pairs, points, columns, dtype=dtype, device="meta"))
+            for columns, dtype in ((15, kind), (2, torch.float32), (2, torch.float32))
         ]
-        yield (
-            node,
-            Kernel(
-                f"smope_place_anchors_{number}",
-                f"smope::place_anchors<smope::{TYPES[kind]}, {pairs}, {points}, {rows.apart}>"
-                f"({rows.pointers}, y0, y1, y2, {width}.f, {height}.f, {batch * pairs * points}LL);",
-                rows.layouts,
-                made,
-                batch * pairs * points,
-                aligned=False,
-            ),
-            given,
+        body = (
+            f"smope::place_anchors<smope::{TYPES[kind]}, {pairs}, {points}, {rows.apart}>"
+            f"({rows.pointers}, y0, y1, y2, {width}.f, {height}.f, {batch * pairs * points}LL);"
         )
+        yield _replaced(node, f"smope_place_anchors_{number}", body, rows, batch * pairs * points, made)
 
 
 def _pose_fits(graph: fx.Graph) -> Iterator[Replacement]:
@@ -89,19 +81,11 @@ def _pose_fits(graph: fx.Graph) -> Iterator[Replacement]:
         rows = _Rows(given, [2, 2, 3, 3, 3, 2, 2, 2, None])
         batch, pairs, points = _value(given[2]).shape[:3]
         numbers = f"{pairs}, {points}, {steps}, {str(bool(relative)).lower()}, {rows.apart}"
-        yield (
-            node,
-            Kernel(
-                f"smope_fit_pose_{number}",
-                f"smope::fit_pose<smope::F32, smope::F32, false, {numbers}>"
-                f"({rows.pointers}, y0, {batch * pairs}LL);",
-                rows.layouts,
-                [Layout.contiguous(_value(node))],
-                batch * pairs * WARP,
-                aligned=False,
-            ),
-            given,
+        body = (
+            f"smope::fit_pose<smope::F32, smope::F32, false, {numbers}>"
+            f"({rows.pointers}, y0, {batch * pairs}LL);"
         )
+        yield _replaced(node, f"smope_fit_pose_{number}", body, rows, batch * pairs * WARP)
 
 
 def _pose_steps(graph: fx.Graph) -> Iterator[Replacement]:
@@ -118,19 +102,11 @@ def _pose_steps(graph: fx.Graph) -> Iterator[Replacement]:
         turn, shift, point, target, held, diameter = rows.strides
         apart = (turn, shift, point, target, target, held, held, diameter)
         numbers = ", ".join(map(str, (pairs, points, 1, "true", *apart)))
-        yield (
-            node,
-            Kernel(
-                f"smope_step_pose_{number}",
-                f"smope::fit_pose<smope::{TYPES[moved]}, smope::{TYPES[prior]}, true, {numbers}>"
-                f"(x0, x1, x2, x3, x3 + 2, x4, x4 + 6, x5, x6, y0, {batch * pairs}LL);",
-                rows.layouts,
-                [Layout.contiguous(_value(node))],
-                batch * pairs * WARP,
-                aligned=False,
-            ),
-            given,
+        body = (
+            f"smope::fit_pose<smope::{TYPES[moved]}, smope::{TYPES[prior]}, true, {numbers}>"
+            f"(x0, x1, x2, x3, x3 + 2, x4, x4 + 6, x5, x6, y0, {batch * pairs}LL);"
         )
+        yield _replaced(node, f"smope_step_pose_{number}", body, rows, batch * pairs * WARP)
 
 
 def _tables(graph: fx.Graph) -> Iterator[Replacement]:
@@ -143,19 +119,11 @@ def _tables(graph: fx.Graph) -> Iterator[Replacement]:
             continue
         rows = _Rows(given, [2] * 8)
         batch, pairs = _value(node).shape[:2]
-        yield (
-            node,
-            Kernel(
-                f"smope_table_{number}",
-                f"smope::table_row<smope::{TYPES[scores]}, smope::{TYPES[seen]}, {rows.apart}>"
-                f"({rows.pointers}, y0, {width}.f, {height}.f, {batch * pairs}LL);",
-                rows.layouts,
-                [Layout.contiguous(_value(node))],
-                batch * pairs,
-                aligned=False,
-            ),
-            given,
+        body = (
+            f"smope::table_row<smope::{TYPES[scores]}, smope::{TYPES[seen]}, {rows.apart}>"
+            f"({rows.pointers}, y0, {width}.f, {height}.f, {batch * pairs}LL);"
         )
+        yield _replaced(node, f"smope_table_{number}", body, rows, batch * pairs)
 
 
 def _operator(name: str) -> Any:
@@ -169,7 +137,7 @@ class _Rows:
     says; None is for one that is read as a whole."""
 
     def __init__(self, given: Sequence[fx.Node], dims: Sequence[int | None]) -> None:
-        self.layouts, self.strides = list[Layout](), list[int]()
+        self.given, self.layouts, self.strides = given, list[Layout](), list[int]()
         for value, of_rows in zip(map(_value, given), dims, strict=True):
             row = None if of_rows is None else _row_stride(value, of_rows)
             self.layouts.append(Layout.contiguous(value) if row is None else Layout.of(value))
