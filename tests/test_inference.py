@@ -117,6 +117,16 @@ def test_norms_of_a_bottleneck_are_folded_exactly() -> None:
         torch.testing.assert_close(graph(x), block(x), rtol=1e-5, atol=1e-5)
 
 
+def test_the_fast_pass_is_the_default_on_a_gpu_alone(model: SMOPE) -> None:
+    assert not model.fast
+    model.predict(noise(0))
+    assert not model._engine._programs
+    model.fast = True
+    assert copy.deepcopy(model).fast
+    if torch.cuda.is_available():
+        assert small_model().to("cuda").fast
+
+
 def test_fast_pass_finds_what_the_eager_one_does(model: SMOPE) -> None:
     images = [noise(seed) for seed in range(3)]
     expected = model.predict(images, threshold=0.0)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smope import SMOPE
+from smope.inference import kernels as kernels_module
 from smope.inference.fuse import fuse
-from smope.inference.kernels import Kernel, compile_kernels, compile_source, whole_source
+from smope.inference.kernels import Kernel, Layout, compile_kernels, compile_source, whole_source
 from smope.inference.record import record
 from smope.inference.simplify import relu6_of_sum
 from smope.networks.cell_norm import normed_cells
@@ -194,8 +195,8 @@ def test_pass_with_its_own_kernels_finds_what_the_eager_one_does(model: SMOPE, t
 
     found, kinds = fused(function, tmp_path, images, K)
     steps = ("depthwise", "direct_pose", "enlarge", "fit_pose", "layer_norm", "measure_cells", "norm_cells")
-    steps = (*steps, "pictures", "place_anchors", "pointwise", "read_maps")
-    assert {f"smope_{step}_" for step in steps} <= {*kinds}
+    steps = (*steps, "pictures", "place_anchors", "pointwise", "read_maps", "step_pose", "table")
+    assert kinds == [f"smope_{step}_" for step in steps]
     with torch.no_grad():
         torch.testing.assert_close(found, function(images, K), rtol=1e-3, atol=1e-3)
 
@@ -224,10 +225,38 @@ def test_source_is_what_nvrtc_takes(model: SMOPE) -> None:
     with torch.no_grad(), whole_steps(), torch.autocast("cpu", torch.float16):
         graph = record(function, (noise(0)[None], torch.tensor(model.config.K)[None]))
         fuse(graph, False, lambda kernels: sources.append(whole_source(kernels)))
-    for capability in ("80", "90"):
+    for capability in ("75", "80", "90"):
         assert compile_source(nvrtc, sources[0], capability).startswith(b"\x7fELF")
     with pytest.raises(RuntimeError, match="refuses"):
         compile_source(nvrtc, "no program", "90")
+
+
+def test_compiling_for_the_first_time_is_said_and_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a stand-in for the compiler and for a GPU"""
+    made: list[str] = []
+
+    def compiled(library: object, source: str, capability: str) -> bytes:
+        made.append(source)
+        return b"binary"
+
+    monkeypatch.setenv("SMOPE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda._utils, "_get_gpu_rtc_library", object, raising=False)
+    loaded = "_cuda_load_module"
+    monkeypatch.setattr(torch.cuda._utils, loaded, lambda binary, names: dict.fromkeys(names), raising=False)
+    monkeypatch.setattr(kernels_module, "compile_source", compiled)
+    layout = Layout.of(torch.zeros(4))
+    kernels = [Kernel(f"smope_{i}", f"y0[0] = {i};", [layout], [layout], 1) for i in range(3)]
+    compile_kernels(kernels)
+    assert len(made) == 3
+    assert caplog.text.count("compiling the kernels of the fast pass") == 1
+    compile_kernels(kernels)
+    assert len(made) == 3
+    assert caplog.text.count("compiling the kernels of the fast pass") == 1
+    compile_kernels(kernels[:1])  # a program of its own, and kept already
+    assert len(made) == 3
 
 
 @needs_gpu

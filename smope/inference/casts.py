@@ -53,7 +53,7 @@ def hoist_casts(module: fx.GraphModule) -> None:
 
 
 def _hoist(graph: fx.Graph, cast: fx.Node) -> None:
-    views: list[fx.Node] = []
+    views: list[Any] = []  # nodes; what they call may be anything
     base: Any = cast.args[0]
     while any(_is_call(base, target) for target in _VIEWS):
         views.insert(0, base)
@@ -64,7 +64,7 @@ def _hoist(graph: fx.Graph, cast: fx.Node) -> None:
     values = [_empty(_value(base)).to(kind)]
     try:
         for view in views:
-            values.append(view.target(values[-1], *view.args[1:], **view.kwargs))  # type: ignore[operator]
+            values.append(view.target(values[-1], *view.args[1:], **view.kwargs))
     except RuntimeError:  # what was cast lies in another order, of which this is no view
         return
     if values[-1].stride() != _value(cast).stride():

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from torch import Tensor
 from smope.files import write_atomically
 from smope.networks.gauss_newton import LARGEST_STEP
 from smope.ops.build import SOURCES, cache_folder
+
+log = logging.getLogger(__name__)
 
 BLOCK = 256
 WARP = 32
@@ -112,21 +116,31 @@ def compile_kernels(kernels: Sequence[Kernel]) -> None:
 
     capability = "{}{}".format(*torch.cuda.get_device_capability())
     parts = [kernels[i::COMPILERS] for i in range(min(COMPILERS, len(kernels)))]
+    sources = [whole_source(part) for part in parts]
+    if not all(_kept(source, capability).is_file() for source in sources):
+        log.warning(
+            "smope: compiling the kernels of the fast pass, once for this network, image size and number of "
+            "images (some seconds); model.fast = False goes without"
+        )
     with ThreadPoolExecutor(COMPILERS) as pool:
-        binaries = list(pool.map(lambda part: _compiled(part, capability), parts))
+        binaries = list(pool.map(lambda source: _compiled(source, capability), sources))
     for part, binary in zip(parts, binaries, strict=True):
         loaded: Any = _utils._cuda_load_module(binary, [kernel.__name__ for kernel in part])
         for kernel in part:
             kernel.launch = _launcher(loaded[kernel.__name__])
 
 
-def _compiled(kernels: Sequence[Kernel], capability: str) -> bytes:
+def _kept(source: str, capability: str) -> Path:
+    """Where the cache on disk has it"""
+    digest = hashlib.sha256(f"{source} {torch.version.cuda} {capability}".encode()).hexdigest()
+    return cache_folder() / "infer" / f"{digest[:32]}.cubin"
+
+
+def _compiled(source: str, capability: str) -> bytes:
     """From the cache on disk, or made and put there"""
     from torch.cuda import _utils
 
-    source = whole_source(kernels)
-    digest = hashlib.sha256(f"{source} {torch.version.cuda} {capability}".encode()).hexdigest()
-    kept = cache_folder() / "infer" / f"{digest[:32]}.cubin"
+    kept = _kept(source, capability)
     if kept.is_file():
         return kept.read_bytes()
     binary = compile_source(_utils._get_gpu_rtc_library(), source, capability)
